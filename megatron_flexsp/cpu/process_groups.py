@@ -1,0 +1,48 @@
+"""Process groups: gloo wherever a program asks for NCCL, so that the command line of a GPU run can stay as it is."""
+
+from typing import Any
+
+import torch
+from torch.distributed import distributed_c10d
+
+from megatron_flexsp.cpu.replace import replaces
+
+_init_process_group = distributed_c10d.init_process_group
+_new_group = distributed_c10d.new_group
+_barrier = distributed_c10d.barrier
+_all_reduce = distributed_c10d.all_reduce
+
+
+@replaces(torch.distributed)
+def init_process_group(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+    """NCCL, also as the default, becomes gloo; a device to bind to is dropped."""
+    kwargs.pop("device_id", None)
+    _init_process_group(_on_cpu(backend) or "gloo", *args, **kwargs)
+
+
+@replaces(torch.distributed)
+def new_group(
+    ranks: Any = None, timeout: Any = None, backend: str | None = None, pg_options: Any = None, **kwargs: Any
+) -> Any:
+    """NCCL becomes gloo; NCCL's options are dropped."""
+    kwargs.pop("device_id", None)
+    return _new_group(ranks, timeout, _on_cpu(backend), **kwargs)
+
+
+@replaces(torch.distributed)
+def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
+    """gloo refuses `device_ids`."""
+    return _barrier(group, async_op)
+
+
+@replaces(torch.distributed)
+def all_reduce(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+    """gloo can't average; Megatron averages auxiliary losses."""
+    if op != torch.distributed.ReduceOp.AVG:
+        return _all_reduce(tensor, op, group, async_op)
+    tensor /= torch.distributed.get_world_size(group)
+    return _all_reduce(tensor, torch.distributed.ReduceOp.SUM, group, async_op)
+
+
+def _on_cpu(backend: str | None) -> str | None:
+    return "gloo" if backend is not None and "nccl" in backend else backend

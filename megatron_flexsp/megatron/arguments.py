@@ -1,0 +1,281 @@
+"""The flags: registered beside Megatron's own, checked before any process group or GPU is touched."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.planner import legal_degrees
+
+SCHEDULES = ("auto", "nested", "lockstep", "static")
+OVERLONG = ("split", "truncate", "drop", "error")
+
+
+def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Register the flags in a group of their own, as Megatron registers its own."""
+    group = parser.add_argument_group(title="flexsp")
+    group.add_argument(
+        "--flexsp",
+        action="store_true",
+        help="Train with a context-parallel group for each document, chosen anew for every global batch. "
+        "A sample is then one document, --global-batch-size counts documents, and --seq-length is the "
+        "longest sequence.",
+    )
+    group.add_argument(
+        "--flexsp-schedule",
+        choices=SCHEDULES,
+        default="auto",
+        help="How micro-batches are ordered. nested: wide groups first, nobody waits. lockstep: all ranks run "
+        "the same number of micro-batches, as the FlexSP paper has it. static: one degree for all, the "
+        "baseline. auto: the fastest one that the job's parallelism allows.",
+    )
+    group.add_argument(
+        "--flexsp-static-degree",
+        type=int,
+        metavar="D",
+        help="Ranks in every group under --flexsp-schedule static. Default: the fewest that hold the longest sequence.",
+    )
+    group.add_argument(
+        "--flexsp-degrees",
+        metavar="D,D,...",
+        help="Group sizes that plans may use, for example 1,2,8: powers of two or the whole data-parallel "
+        "size. Default: all that the attention heads allow.",
+    )
+    group.add_argument(
+        "--flexsp-cost-model",
+        metavar="PATH",
+        help="JSON file with the measured costs of this model on this cluster. Default: estimated from the "
+        "model's arguments.",
+    )
+    group.add_argument(
+        "--flexsp-max-tokens-per-rank",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens that one rank can hold in one micro-batch; replaces what the cost model says of memory. "
+        "What fitted before is a good start: micro-batch size x sequence length / context-parallel size.",
+    )
+    group.add_argument(
+        "--flexsp-overlong",
+        choices=OVERLONG,
+        default="split",
+        help="What becomes of documents longer than --seq-length. split: consecutive pieces, each a sequence "
+        "of its own. truncate: their beginning is kept. drop: they are left out. error: stop.",
+    )
+    group.add_argument(
+        "--flexsp-plan-ahead",
+        type=int,
+        default=2,
+        metavar="STEPS",
+        help="Steps for which plans are made in the background while training goes on.",
+    )
+    group.add_argument(
+        "--flexsp-solver-time-limit",
+        type=float,
+        default=1.0,
+        metavar="SECONDS",
+        help="The longest that the planner may improve one plan.",
+    )
+    group.add_argument(
+        "--flexsp-mock-lengths",
+        metavar="SPEC",
+        help="Document lengths for --mock-data: lognormal:mean=1024,sigma=1.5,min=128,max=8192, or a file with "
+        "one length on each line.",
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The flags' values, checked, with what follows from Megatron's own arguments."""
+
+    schedule: str
+    static_degree: int | None
+    degrees: tuple[int, ...]
+    cost_model_path: str | None
+    max_tokens_per_rank: int | None
+    overlong: str
+    plan_ahead: int
+    solver_time_limit_seconds: float
+    mock_lengths: str | None
+    domain_size: int
+    slice_multiple: int
+    """What a rank's slice must divide by: the tensor-parallel size under sequence parallelism."""
+    count_multiple: int
+    """What a rank's micro-batch count must divide by: the interleaved schedule's group size."""
+    micro_batches_in_flight: int
+    """Micro-batches whose activations the first pipeline stage holds at once."""
+
+
+def _refusals(args: argparse.Namespace) -> list[str]:
+    """A message for each of the job's flags that FlexSP can't be combined with yet."""
+    given = {
+        "--yaml-cfg: FlexSP reads its flags from the command line; pass Megatron's there too": args.yaml_cfg,
+        "--context-parallel-size > 1: FlexSP forms context-parallel groups itself, out of the data-parallel "
+        "ranks. Take the flag out; its ranks become data-parallel ones. Long documents still get groups, and "
+        "--flexsp-max-tokens-per-rank set to sequence length / context-parallel size keeps the memory use": (
+            args.context_parallel_size > 1
+        ),
+        "--hybrid-context-parallel: it is another way to do what FlexSP does; use one of them": (
+            args.hybrid_context_parallel
+        ),
+        "--calculate-per-token-loss is missing: without it each micro-batch weighs the same, however many "
+        "tokens it has, and the result would depend on the plan. Add the flag": not args.calculate_per_token_loss,
+        "--micro-batch-size other than 1: the planner decides what a micro-batch holds. Set it to 1 and give the "
+        "memory by --flexsp-max-tokens-per-rank": args.micro_batch_size not in (None, 1),
+        "--eval-micro-batch-size other than 1: the planner decides what a micro-batch holds": (
+            getattr(args, "eval_micro_batch_size", None) not in (None, 1)
+        ),
+        "CUDA graphs: micro-batches differ in length from step to step": (
+            getattr(args, "cuda_graph_impl", "none") != "none"
+            or getattr(args, "enable_cuda_graph", False)
+            or getattr(args, "external_cuda_graph", False)
+        ),
+        "--mtp-num-layers: multi-token prediction rolls labels over a static context-parallel group": (
+            args.mtp_num_layers
+        ),
+        "--multi-latent-attention: it is not supported yet": args.multi_latent_attention,
+        "--experimental-attention-variant: it is not supported": (
+            getattr(args, "experimental_attention_variant", None)
+        ),
+        "Mamba and hybrid layers: their state runs along a sequence, across ranks": (
+            getattr(args, "hybrid_layer_pattern", None)
+            or getattr(args, "hybrid_override_pattern", None)
+            or getattr(args, "is_hybrid_model", False)
+        ),
+        "--use-megatron-fsdp and --use-torch-fsdp2: they gather parameters in every micro-batch, and ranks run "
+        "different numbers of those": getattr(args, "use_megatron_fsdp", False) or args.use_torch_fsdp2,
+        "--num-experts and --expert-model-parallel-size: mixtures of experts are not supported yet": (
+            args.num_experts or args.expert_model_parallel_size > 1
+        ),
+        "--attention-dropout other than 0 (Megatron's default is 0.1): the ranks of a group would draw the same "
+        "masks for different heads. Set --attention-dropout 0": args.attention_dropout != 0,
+        "--transformer-impl transformer_engine (Megatron's default): Transformer Engine's attention is not "
+        "supported yet. Set --transformer-impl local": args.transformer_impl != "local",
+        "--window-size: sliding-window attention is not supported yet": getattr(args, "window_size", None),
+        "--softmax-type other than vanilla: it is not supported yet": (
+            getattr(args, "softmax_type", "vanilla") != "vanilla"
+        ),
+        "--qk-clip and --log-max-attention-logit: the attention scores are never whole in memory": (
+            getattr(args, "qk_clip", False) or getattr(args, "log_max_attention_logit", False)
+        ),
+        "--position-embedding-type mrope and relative: they are not supported": (
+            args.position_embedding_type in ("mrope", "relative")
+        ),
+        "--sft: conversations are not supported yet": getattr(args, "sft", False),
+        "--fim-data: it is not supported": getattr(args, "fim_data", False),
+        "--perform-rl-step: it is not supported": getattr(args, "perform_rl_step", False),
+        "--eod-mask-loss: a document is a sequence, so that nothing follows its end": args.eod_mask_loss,
+        "--tp-comm-overlap: its buffers have one size, micro-batches have many": args.tp_comm_overlap,
+        "--dataloader-type other than single: documents are shuffled by the data set": (
+            args.dataloader_type not in (None, "single")
+        ),
+        "--iterations-to-skip: it is not supported": args.iterations_to_skip,
+        "--full-validation and --multiple-validation-sets: they are not supported yet": (
+            args.full_validation or args.multiple_validation_sets
+        ),
+        "--phase-transition-iterations: it is not supported": args.phase_transition_iterations,
+    }
+    return [message for message, applies in given.items() if applies]
+
+
+def check_compatibility(args: argparse.Namespace) -> None:
+    """Refuse, in one message, every flag of the job that FlexSP can't be combined with."""
+    messages = _refusals(args)
+    if messages:
+        raise FlexSPError("--flexsp can't be combined with\n  - " + "\n  - ".join(messages))
+
+
+def settings_from_args(args: argparse.Namespace) -> Settings:
+    """Check the flags against the shape of the job.
+
+    Raises
+    ------
+    FlexSPError
+        Where a value is out of range, or the world or the heads don't divide.
+    """
+    model_parallel_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    if args.world_size % model_parallel_size:
+        raise FlexSPError(
+            f"{args.world_size} ranks don't divide by --tensor-model-parallel-size "
+            f"{args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
+            f"{args.pipeline_model_parallel_size} = {model_parallel_size}: start a multiple of that many"
+        )
+    domain_size = args.world_size // model_parallel_size
+    if args.global_batch_size is not None and args.global_batch_size % domain_size:
+        raise FlexSPError(
+            f"--global-batch-size {args.global_batch_size} must be a multiple of the {domain_size} data-parallel "
+            f"ranks ({args.world_size} ranks / {model_parallel_size})"
+        )
+    for flag, value, least in (
+        ("--flexsp-plan-ahead", args.flexsp_plan_ahead, 1),
+        ("--flexsp-solver-time-limit", args.flexsp_solver_time_limit, 0),
+        ("--flexsp-max-tokens-per-rank", args.flexsp_max_tokens_per_rank, 1),
+    ):
+        if value is not None and value < least:
+            raise FlexSPError(f"{flag} {value}: must be at least {least}")
+    if args.flexsp_static_degree is not None and args.flexsp_schedule != "static":
+        raise FlexSPError("--flexsp-static-degree needs --flexsp-schedule static")
+    if args.flexsp_schedule == "lockstep":
+        raise FlexSPError("--flexsp-schedule lockstep is not available yet: use nested or static")
+    if args.flexsp_mock_lengths is not None and not args.mock_data:
+        raise FlexSPError("--flexsp-mock-lengths needs --mock-data")
+
+    pipeline_size = args.pipeline_model_parallel_size
+    interleaved = bool(
+        args.num_layers_per_virtual_pipeline_stage
+        or args.num_virtual_stages_per_pipeline_rank
+        or getattr(args, "virtual_pipeline_model_parallel_size", None)
+    )
+    count_multiple, in_flight = 1, pipeline_size
+    if interleaved and pipeline_size > 1:
+        count_multiple = args.microbatch_group_size_per_vp_stage or pipeline_size
+        chunks = getattr(args, "virtual_pipeline_model_parallel_size", None) or 2
+        # The first stage runs this many forward chunks before its first backward frees one, in units
+        # of a whole stage (schedules.py, get_pp_rank_microbatches).
+        in_flight = -(-(2 * (pipeline_size - 1) + (chunks - 1) * count_multiple + 1) // chunks)
+    return Settings(
+        schedule="nested" if args.flexsp_schedule == "auto" else args.flexsp_schedule,
+        static_degree=args.flexsp_static_degree,
+        degrees=_degrees(args, domain_size),
+        cost_model_path=args.flexsp_cost_model,
+        max_tokens_per_rank=args.flexsp_max_tokens_per_rank,
+        overlong=args.flexsp_overlong,
+        plan_ahead=args.flexsp_plan_ahead,
+        solver_time_limit_seconds=args.flexsp_solver_time_limit,
+        mock_lengths=args.flexsp_mock_lengths,
+        domain_size=domain_size,
+        slice_multiple=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        count_multiple=count_multiple,
+        micro_batches_in_flight=in_flight,
+    )
+
+
+def _degrees(args: argparse.Namespace, domain_size: int) -> tuple[int, ...]:
+    """The group sizes that the domain and the heads allow; asked-for ones are checked, not dropped."""
+    heads = args.num_attention_heads // args.tensor_model_parallel_size
+    legal = legal_degrees(domain_size)
+    asked = {"--flexsp-static-degree": (args.flexsp_static_degree,) if args.flexsp_static_degree else ()}
+    asked["--flexsp-degrees"] = _parse_degrees(args.flexsp_degrees) if args.flexsp_degrees else ()
+    for flag, degrees in asked.items():
+        for degree in degrees:
+            if degree not in legal:
+                raise FlexSPError(
+                    f"{flag}: {degree} is not a group size here. A group has a power of two of ranks, at most the "
+                    f"{domain_size} data-parallel ranks, or all {domain_size}"
+                )
+            if heads % degree:
+                raise FlexSPError(
+                    f"{flag}: {degree} ranks can't share {heads} attention heads evenly "
+                    f"(--num-attention-heads {args.num_attention_heads} / --tensor-model-parallel-size "
+                    f"{args.tensor_model_parallel_size}). Ask for a degree that divides them"
+                )
+    chosen = asked["--flexsp-degrees"] or [degree for degree in legal if heads % degree == 0]
+    return tuple(sorted(set(chosen)))
+
+
+def _parse_degrees(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise FlexSPError(f"--flexsp-degrees {text}: give whole numbers with commas between, such as 1,2,8") from None

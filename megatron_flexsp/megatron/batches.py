@@ -1,0 +1,210 @@
+"""Global batches ahead of time: lengths from the index, a plan from the background, then this rank's slices.
+
+The iterator that Megatron's training loop is handed yields one ``PlannedBatch`` for each step. The next
+step's plan is shared and its slices are being read while the current one trains.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron.documents import SampleSource
+from megatron_flexsp.megatron.plan_channel import PlanChannel
+from megatron_flexsp.planner import MicroBatch, Plan
+from megatron_flexsp.runtime import PackLayout
+
+MakePlan = Callable[[NDArray[np.int64]], Plan]
+
+_BATCHES_IN_HAND = 2
+"""The step that is handed out and the one whose slices are being read."""
+
+
+@dataclass(frozen=True)
+class LocalMicroBatch:
+    """This rank's part of one micro-batch; the tensors lie on the host.
+
+    Tensors are ``[slice_tokens]``. A stage in the middle of a pipeline has no tokens and no labels.
+    """
+
+    first_rank: int
+    layout: PackLayout
+    positions: Tensor
+    tokens: Tensor | None
+    labels: Tensor | None
+    loss_mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One global batch, planned, with what this rank runs of it."""
+
+    lengths: NDArray[np.int64]
+    plan: Plan
+    micro_batches: list[LocalMicroBatch]
+    waited_for_plan_seconds: float
+    waited_for_data_seconds: float
+
+
+class SliceReader:
+    """Reads a rank's slices of a planned batch.
+
+    Parameters
+    ----------
+    source
+        Where tokens come from.
+    domain_rank
+        This rank's place in its domain.
+    slice_multiple
+        What a slice must divide by.
+    reads_tokens
+        False in the middle of a pipeline, where only lengths matter.
+    pin_memory
+        Whether tensors go to a GPU.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        domain_rank: int,
+        slice_multiple: int,
+        reads_tokens: bool,
+        pin_memory: bool,
+    ) -> None:
+        self._source = source
+        self._domain_rank = domain_rank
+        self._slice_multiple = slice_multiple
+        self._reads_tokens = reads_tokens
+        self._pin_memory = pin_memory
+
+    def read(self, plan: Plan, samples: range, lengths: NDArray[np.int64]) -> list[LocalMicroBatch]:
+        """What this rank runs, in order."""
+        return [self._read_one(item, samples, lengths) for item in plan.micro_batches_of_rank(self._domain_rank)]
+
+    def _read_one(self, item: MicroBatch, samples: range, lengths: NDArray[np.int64]) -> LocalMicroBatch:
+        layout = PackLayout(
+            lengths=tuple(int(lengths[k]) for k in item.sequences),
+            degree=item.degree,
+            member=self._domain_rank - item.first_rank,
+            slice_multiple=self._slice_multiple,
+        )
+        tokens = labels = loss_mask = None
+        if self._reads_tokens:
+            # Padding reads token 0 and predicts it with no weight.
+            tokens = np.zeros(layout.slice_tokens, dtype=np.int64)
+            labels = np.zeros(layout.slice_tokens, dtype=np.int64)
+            loss_mask = np.zeros(layout.slice_tokens, dtype=np.float32)
+            offset = 0
+            for piece in layout.pieces:
+                count = piece.stop - piece.start
+                text = self._source.read(samples[item.sequences[piece.sequence]], piece.start, count + 1)
+                tokens[offset : offset + count] = text[:-1]
+                labels[offset : offset + count] = text[1:]
+                loss_mask[offset : offset + count] = 1.0
+                offset += count
+        return LocalMicroBatch(
+            first_rank=item.first_rank,
+            layout=layout,
+            positions=self._tensor(layout.positions),
+            tokens=None if tokens is None else self._tensor(tokens),
+            labels=None if labels is None else self._tensor(labels),
+            loss_mask=None if loss_mask is None else self._tensor(loss_mask),
+        )
+
+    def _tensor(self, array: NDArray[np.generic]) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self._pin_memory else tensor
+
+
+class PlannedBatches:
+    """Iterates over the planned batches of one split.
+
+    ``__next__`` is collective: every rank calls it for the same steps in the same order.
+
+    Parameters
+    ----------
+    source, reader, channel
+        Lengths; slices; the way that plans reach all ranks.
+    batches
+        The samples of each coming batch.
+    make_plan
+        Called on the planning rank, in a thread of its own.
+    plan_ahead
+        Batches that are planned before they are needed.
+    """
+
+    def __init__(
+        self,
+        source: SampleSource,
+        reader: SliceReader,
+        channel: PlanChannel,
+        batches: Iterator[range],
+        make_plan: MakePlan,
+        plan_ahead: int,
+    ) -> None:
+        self._source = source
+        self._reader = reader
+        self._channel = channel
+        self._batches = batches
+        self._make_plan = make_plan
+        self._plan_ahead = plan_ahead
+        self._planning: deque[tuple[range, NDArray[np.int64], Future[Plan] | None]] = deque()
+        self._reading: deque[tuple[NDArray[np.int64], Plan, float, Future[list[LocalMicroBatch]]]] = deque()
+        # Separate threads: a plan that takes long must not hold up the slices of one that is ready.
+        self._planner_thread = ThreadPoolExecutor(1, "flexsp-planner")
+        self._reader_thread = ThreadPoolExecutor(1, "flexsp-reader")
+        self._start_planning()
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        return self
+
+    def __next__(self) -> PlannedBatch:
+        while len(self._reading) < _BATCHES_IN_HAND and self._planning:
+            self._share_next()
+        if not self._reading:
+            raise StopIteration
+        lengths, plan, waited_for_plan, slices = self._reading.popleft()
+        started = time.perf_counter()
+        micro_batches = slices.result()
+        waited_for_data = time.perf_counter() - started
+        return PlannedBatch(lengths, plan, micro_batches, waited_for_plan, waited_for_data)
+
+    def _start_planning(self) -> None:
+        while len(self._planning) < self._plan_ahead and (samples := next(self._batches, None)) is not None:
+            lengths = self._source.lengths(np.arange(samples.start, samples.stop))
+            future = self._planner_thread.submit(self._make_plan, lengths) if self._channel.plans_here else None
+            self._planning.append((samples, lengths, future))
+
+    def _share_next(self) -> None:
+        samples, lengths, future = self._planning.popleft()
+        self._start_planning()
+        started = time.perf_counter()
+        planned: Plan | FlexSPError | None = None
+        if future is not None:
+            try:
+                planned = future.result()
+            except FlexSPError as error:
+                planned = error
+        plan = self._channel.share(lengths, planned)
+        waited = time.perf_counter() - started
+        slices = self._reader_thread.submit(self._reader.read, plan, samples, lengths)
+        self._reading.append((lengths, plan, waited, slices))
+
+
+def batches_from(consumed: int, total: int, size_at: Callable[[int], int]) -> Iterator[range]:
+    """The samples of each batch from ``consumed`` on, as Megatron's sequential sampler takes them.
+
+    ``size_at`` gives the batch's size when so many samples are consumed; an incomplete last batch is left out.
+    """
+    while consumed + (size := size_at(consumed)) <= total:
+        yield range(consumed, consumed + size)
+        consumed += size

@@ -1,0 +1,146 @@
+"""What a training run shares between its seams: settings, cost model, groups, the way plans travel.
+
+Made once, collectively, after Megatron has set up its process groups and its model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from numpy.typing import NDArray
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron.arguments import Settings
+from megatron_flexsp.megatron.estimate import estimate_cost_model
+from megatron_flexsp.megatron.plan_channel import PlanChannel
+from megatron_flexsp.planner import CostModel, Plan, first_ranks, plan
+from megatron_flexsp.runtime import GroupPool
+
+
+def on_cpu() -> bool:
+    """Whether the stand-in for CUDA is in place."""
+    return os.environ.get("FLEXSP_DEVICE") == "cpu"
+
+
+@dataclass(frozen=True)
+class Context:
+    """One training run."""
+
+    settings: Settings
+    cost_model: CostModel
+    token_capacity: int
+    """Tokens that one rank can hold in one micro-batch."""
+    groups: GroupPool
+    channel: PlanChannel
+    domain_rank: int
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens of the longest sequence that the widest group can hold."""
+        degree = max(self.settings.degrees)
+        capacity = self.token_capacity // self.settings.slice_multiple * self.settings.slice_multiple
+        return degree * capacity
+
+    def make_plan(self, lengths: NDArray[np.int64]) -> Plan:
+        """Plan one batch and check the plan's laws."""
+        settings = self.settings
+        made = plan(
+            lengths,
+            self.cost_model,
+            settings.domain_size,
+            schedule=settings.schedule,
+            degrees=settings.degrees,
+            static_degree=settings.static_degree,
+            token_capacity=self.token_capacity,
+            slice_multiple=settings.slice_multiple,
+            count_multiple=settings.count_multiple,
+            time_limit_seconds=settings.solver_time_limit_seconds,
+        )
+        made.validate(
+            lengths,
+            self.token_capacity,
+            slice_multiple=settings.slice_multiple,
+            count_multiple=settings.count_multiple,
+        )
+        return made
+
+    def check_fits(self, longest: int, where: str) -> None:
+        """Refuse a data set whose longest sequence no group can hold.
+
+        Raises
+        ------
+        FlexSPError
+            Naming the length, the capacity and the ways out.
+        """
+        if longest <= self.longest_sequence:
+            return
+        degree = max(self.settings.degrees)
+        raise FlexSPError(
+            f"{where}: a sequence of {longest:,} tokens doesn't fit. The widest group has {degree} ranks with "
+            f"{self.token_capacity:,} tokens each, {self.longest_sequence:,} in all. Lower --seq-length (documents "
+            "are then split), raise --flexsp-max-tokens-per-rank if memory allows, allow wider groups "
+            "(--flexsp-degrees), use more ranks, or recompute activations"
+        )
+
+
+def load_cost_model(args: argparse.Namespace, settings: Settings) -> CostModel:
+    """The measured cost model, or an estimate that says that it is one."""
+    if settings.cost_model_path is not None:
+        return CostModel.load(settings.cost_model_path)
+    gpu = None
+    if not on_cpu():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        gpu = (properties.major, properties.total_memory)
+    return estimate_cost_model(
+        args,
+        settings.degrees,
+        gpu=gpu,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "8")),
+        micro_batches_in_flight=settings.micro_batches_in_flight,
+    )
+
+
+def build_context(args: argparse.Namespace, settings: Settings) -> Context:
+    """Collective over the world: make the groups and use each of them once."""
+    cost_model = load_cost_model(args, settings)
+    capacity = settings.max_tokens_per_rank
+    if capacity is None:
+        capacity = cost_model.token_capacity // settings.micro_batches_in_flight
+    if capacity < settings.slice_multiple:
+        raise FlexSPError(
+            "the cost model leaves no memory for activations (memory_budget_bytes - model_state_bytes): give "
+            "--flexsp-max-tokens-per-rank, or a cost model that was measured on this cluster"
+        )
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    domain_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    hosts_group = parallel_state.create_group(
+        list(range(dist.get_world_size())), timeout=timeout, backend="gloo", group_desc="FLEXSP_PLANS"
+    )
+    domains: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(domains, dist.get_process_group_ranks(domain_group), group=hosts_group)
+    groups = GroupPool(
+        domains=sorted({tuple(domain) for domain in domains}),
+        blocks=[
+            (first_rank, degree)
+            for degree in sorted({1, *settings.degrees})
+            for first_rank in first_ranks(settings.domain_size, degree)
+        ],
+        create=lambda ranks: parallel_state.create_group(ranks, timeout=timeout, group_desc="FLEXSP_BLOCK"),
+        domain_group=domain_group,
+    )
+    groups.warm_up("cpu" if on_cpu() else torch.device("cuda", torch.cuda.current_device()))
+    return Context(
+        settings=settings,
+        cost_model=cost_model,
+        token_capacity=capacity,
+        groups=groups,
+        channel=PlanChannel(hosts_group),
+        domain_rank=groups.domain.index(dist.get_rank()),
+    )

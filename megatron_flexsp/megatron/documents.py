@@ -1,0 +1,290 @@
+"""Documents of a Megatron data set as sequences: which piece of which document a sample is, and how long.
+
+Goes through megatron.core's own builders, so that blends, splits, epochs and seeds mean what they mean in
+any Megatron run. Lengths come from the index; tokens are read only for the slice that a rank needs.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.megatron_dataset import MegatronDataset
+from megatron.core.datasets.object_storage_utils import ObjectStorageConfig, is_object_storage_path
+from megatron.core.datasets.utils import Split
+from numpy.typing import NDArray
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron.mock_documents import MockDocuments
+
+Lengths = NDArray[np.int64]
+
+
+@dataclass
+class DocumentDatasetConfig(BlendedMegatronDatasetConfig):
+    """What the documents of a data set become."""
+
+    overlong: str = "split"
+    """``--flexsp-overlong``"""
+
+    mock_documents: MockDocuments | None = None
+    """Stands in for files under ``--mock-data``."""
+
+    object_storage_cache_path: str | None = None
+
+
+class StoredDocuments:
+    """The documents of one ``.bin``/``.idx`` pair: their lengths, and any stretch of their tokens."""
+
+    def __init__(self, prefix: str, config: DocumentDatasetConfig) -> None:
+        try:
+            if is_object_storage_path(prefix):
+                storage = ObjectStorageConfig(path_to_idx_cache=config.object_storage_cache_path)
+                self._indexed = IndexedDataset(prefix, mmap=False, object_storage_config=storage)
+            else:
+                self._indexed = IndexedDataset(prefix, mmap=config.mmap_bin_files)
+        except FileNotFoundError as error:
+            raise FlexSPError(
+                f"--data-path {prefix}: {error.filename or prefix + '.idx/.bin'} is missing; give the path of the data "
+                "set without .idx or .bin"
+            ) from None
+        except Exception as error:  # a broken index shows in many ways
+            raise FlexSPError(
+                f"--data-path {prefix}: {prefix}.idx can't be read ({error}); it is truncated or no Megatron index. "
+                "Make the data set again"
+            ) from None
+        self._first_sequences = np.asarray(self._indexed.document_indices)
+        self._check_size(prefix)
+
+    def _check_size(self, prefix: str) -> None:
+        index = self._indexed.index
+        if len(self._first_sequences) < 2:
+            raise FlexSPError(f"--data-path {prefix}: {prefix}.idx lists no documents; make the data set again")
+        if is_object_storage_path(prefix):
+            return
+        needed = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
+        found = os.path.getsize(prefix + ".bin")
+        if found < needed:
+            raise FlexSPError(
+                f"--data-path {prefix}: {prefix}.bin has {found} bytes where its index needs {needed}; it is truncated. "
+                "Copy or make it again"
+            )
+
+    def __len__(self) -> int:
+        return len(self._first_sequences) - 1
+
+    def token_counts(self, documents: NDArray[np.int64]) -> Lengths:
+        """Tokens of each of the documents. A document's sequences lie side by side on disk."""
+        index = self._indexed.index
+        first, last = self._first_sequences[documents], self._first_sequences[documents + 1] - 1
+        before_last = (index.sequence_pointers[last] - index.sequence_pointers[first]) // index.dtype_size
+        return before_last + index.sequence_lengths[last]
+
+    def read(self, document: int, start: int, count: int) -> NDArray[Any]:
+        """``count`` tokens of a document from ``start``."""
+        return self._indexed.get(int(self._first_sequences[document]), offset=start, length=count)
+
+
+class DocumentDataset(MegatronDataset):
+    """One split of one data set; sample i is a piece of a document, in shuffled order.
+
+    A piece of n tokens predicts n tokens: it reads tokens ``[start, start + n]`` of its document and the
+    next piece begins where its last label stands. So every token but a document's first is predicted once.
+    """
+
+    config: DocumentDatasetConfig
+    dataset: StoredDocuments | MockDocuments
+
+    def __init__(
+        self,
+        dataset: StoredDocuments | MockDocuments,
+        dataset_path: str | None,
+        indices: NDArray[Any],
+        num_samples: int | None,
+        index_split: Split,
+        config: DocumentDatasetConfig,
+    ) -> None:
+        super().__init__(dataset, dataset_path, indices, num_samples, index_split, config)
+        self._first_document = int(indices[0]) if len(indices) else 0
+        self.name = f"{dataset_path or 'mock data'} ({index_split.name})"
+        self._piece_ends = self._kept("piece_ends", self._count_pieces)
+        self._pieces = int(self._piece_ends[-1]) if len(indices) else 0
+        self._order = self._kept(f"order_of_{self._pieces}", self._shuffle)
+
+    @staticmethod
+    def numel_low_level_dataset(low_level_dataset: StoredDocuments | MockDocuments) -> int:
+        return len(low_level_dataset)
+
+    @staticmethod
+    def build_low_level_dataset(
+        dataset_path: str | None, config: DocumentDatasetConfig
+    ) -> StoredDocuments | MockDocuments:
+        if dataset_path is None:
+            assert config.mock_documents is not None
+            return config.mock_documents
+        return StoredDocuments(dataset_path, config)
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return ["random_seed", "sequence_length", "split", "split_matrix", "overlong"]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, idx: int) -> dict[str, NDArray[Any]]:
+        """The whole sample, as PyTorch's tools expect it; training reads slices."""
+        samples = np.array([idx])
+        return {"text": self.read(idx, 0, int(self.lengths(samples)[0]) + 1)}
+
+    def lengths(self, samples: NDArray[np.int64]) -> Lengths:
+        """Tokens that each of the samples feeds to the model; as many are predicted."""
+        documents, starts = self._locate(samples)
+        predicted = self.dataset.token_counts(self._first_document + documents) - 1
+        return np.minimum(predicted - starts, self.config.sequence_length)
+
+    def read(self, sample: int, start: int, count: int) -> NDArray[Any]:
+        """``count`` tokens of a sample from ``start``; a sample of n tokens has n + 1, the last one a label."""
+        documents, starts = self._locate(np.array([sample]))
+        return self.dataset.read(self._first_document + int(documents[0]), int(starts[0]) + start, count)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        predicted, limit = self._predicted(), self.config.sequence_length
+        if self.config.overlong == "drop":
+            predicted = predicted[predicted <= limit]
+        return min(int(predicted.max(initial=0)), limit)
+
+    def describe(self) -> str:
+        """One line on what its documents became."""
+        predicted = self._predicted()
+        short = np.count_nonzero(predicted < 1)
+        overlong = np.count_nonzero(predicted > self.config.sequence_length)
+        return (
+            f"{self.name}: {len(predicted):,} documents -> {self._pieces:,} sequences, longest {self.longest:,} tokens; "
+            f"{short:,} too short to predict anything and skipped, {overlong:,} longer than --seq-length "
+            f"({self.config.overlong})"
+        )
+
+    def _locate(self, samples: NDArray[np.int64]) -> tuple[Lengths, Lengths]:
+        """Each sample's document (counted from the split's first) and the token that its piece begins at."""
+        pieces = np.asarray(self._order[samples], dtype=np.int64)
+        documents = np.searchsorted(self._piece_ends, pieces, side="right")
+        pieces_before = np.where(documents > 0, self._piece_ends[documents - 1], 0)
+        return documents, (pieces - pieces_before) * self.config.sequence_length
+
+    def _predicted(self) -> Lengths:
+        """Tokens that each document of the split has to predict."""
+        documents = np.arange(self._first_document, self._first_document + len(self.indices))
+        return self.dataset.token_counts(documents) - 1
+
+    def _count_pieces(self) -> Lengths:
+        """How many sequences the documents up to each one become."""
+        predicted, limit = self._predicted(), self.config.sequence_length
+        too_long = predicted > limit
+        if self.config.overlong == "error" and too_long.any():
+            worst = int(np.argmax(predicted))
+            raise FlexSPError(
+                f"{self.name}: document {self._first_document + worst} has {predicted[worst]} tokens to predict, more "
+                f"than --seq-length {limit}, and so have {np.count_nonzero(too_long) - 1} others. Raise --seq-length, "
+                "or choose --flexsp-overlong split, truncate or drop"
+            )
+        if self.config.overlong == "split":
+            pieces = np.maximum(-(-predicted // limit), 0)
+        else:
+            pieces = (predicted >= 1).astype(np.int64)
+            if self.config.overlong == "drop":
+                pieces[too_long] = 0
+        if not pieces.any() and (self.num_samples or self.index_split is Split.train):
+            raise FlexSPError(
+                f"{self.name}: none of its {len(predicted)} documents becomes a sequence: each has fewer than two "
+                f"tokens, or more than --seq-length {limit} under --flexsp-overlong {self.config.overlong}"
+            )
+        return np.cumsum(pieces)
+
+    def _shuffle(self) -> NDArray[Any]:
+        """The order of the samples: whole epochs, each in an order of its own, as many as are needed."""
+        epochs = 1
+        if self._pieces and self.num_samples is not None:
+            epochs = max(1, -(-self.num_samples // self._pieces))
+        dtype = np.int32 if self._pieces <= np.iinfo(np.int32).max else np.int64
+        order = np.empty(epochs * self._pieces, dtype=dtype)
+        for epoch in range(epochs):
+            # A generator for each epoch: asking for more samples never reorders the ones before.
+            generator = np.random.default_rng([self.config.random_seed, self.index_split.value, epoch])
+            order[epoch * self._pieces : (epoch + 1) * self._pieces] = generator.permutation(self._pieces)
+        return order
+
+    def _kept(self, what: str, build: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        """An array from the cache folder, where ranks of a node share it, as Megatron keeps its indices."""
+        if self.dataset_path is None:
+            return build()
+        folder = self.config.path_to_cache or os.path.join(self.dataset_path, "cache", type(self).__name__ + "_indices")
+        path = os.path.join(folder, f"{self.unique_description_hash}-{self.index_split.name}-{what}.npy")
+        if not os.path.exists(path) or _is_newer(self.dataset_path + ".idx", path):
+            _save_whole(path, build())
+        return np.load(path, mmap_mode="r")
+
+
+def _is_newer(path: str, than: str) -> bool:
+    """A data set that was made again under the same name has other documents."""
+    return os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(than)
+
+
+def _save_whole(path: str, array: NDArray[Any]) -> None:
+    """Ranks of several nodes may write at once, and any may be killed: rename only what is complete."""
+    folder = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+        with os.fdopen(descriptor, "wb") as stream:
+            np.save(stream, array)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FlexSPError(
+            f"the data set's indices can't be written to {folder} ({error.strerror}): give --data-cache-path a writable folder"
+        ) from None
+
+
+class SampleSource:
+    """Lengths and tokens of samples, whether they come from one data set or from a blend."""
+
+    def __init__(self, dataset: DocumentDataset | BlendedDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def parts(self) -> list[DocumentDataset]:
+        """The data sets behind it."""
+        return list(self._dataset.datasets) if isinstance(self._dataset, BlendedDataset) else [self._dataset]
+
+    def lengths(self, samples: NDArray[np.int64]) -> Lengths:
+        """Tokens of each of the samples."""
+        if not isinstance(self._dataset, BlendedDataset):
+            return self._dataset.lengths(samples)
+        part_of, sample_in_part = (
+            self._dataset.dataset_index[samples],
+            self._dataset.dataset_sample_index[samples],
+        )
+        lengths = np.empty(len(samples), dtype=np.int64)
+        for part in np.unique(part_of):
+            chosen = part_of == part
+            lengths[chosen] = self._dataset.datasets[part].lengths(np.asarray(sample_in_part[chosen], dtype=np.int64))
+        return lengths
+
+    def read(self, sample: int, start: int, count: int) -> NDArray[Any]:
+        """``count`` tokens of a sample from ``start``."""
+        if not isinstance(self._dataset, BlendedDataset):
+            return self._dataset.read(sample, start, count)
+        part = self._dataset.datasets[self._dataset.dataset_index[sample]]
+        return part.read(int(self._dataset.dataset_sample_index[sample]), start, count)

@@ -1,0 +1,100 @@
+"""A cost model from the model's arguments alone, for runs that have not measured one.
+
+The counts of operations and bytes follow the model exactly; what a device or a network makes of them is
+a guess at a common machine. The ratios between them, which are all that a plan depends on, are sound
+enough to train with; the seconds are not a forecast.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_flexsp.planner import CostModel
+
+# Operations a second that training reaches on a device, not its peak.
+_GPU_FLOPS_BY_CAPABILITY = {7: 50e12, 8: 140e12, 9: 400e12, 10: 800e12}
+_CPU_FLOPS = 10e9
+_NODE_BYTES_PER_SECOND, _NETWORK_BYTES_PER_SECOND, _CPU_BYTES_PER_SECOND = 150e9, 20e9, 0.5e9
+_GPU_COLLECTIVE_SECONDS, _CPU_COLLECTIVE_SECONDS = 30e-6, 300e-6
+_GPU_LAYER_SECONDS, _CPU_LAYER_SECONDS = 500e-6, 3e-3
+_USABLE_MEMORY = 0.9
+
+
+def estimate_cost_model(
+    args: argparse.Namespace,
+    degrees: tuple[int, ...],
+    *,
+    gpu: tuple[int, int] | None,
+    ranks_per_node: int,
+    micro_batches_in_flight: int,
+) -> CostModel:
+    """Count the model's operations, bytes and parameters on one rank of its fullest pipeline stage.
+
+    Parameters
+    ----------
+    args
+        Megatron's validated arguments.
+    degrees
+        The group sizes that plans may use.
+    gpu
+        Compute capability (major) and memory in bytes, or None on a CPU; there, memory is taken to hold
+        one sequence of ``--seq-length``.
+    ranks_per_node
+        Decides which groups cross the network.
+    micro_batches_in_flight
+        Micro-batches that the memory of a CPU is taken to hold.
+    """
+    tensor_size = args.tensor_model_parallel_size
+    layers = -(-args.num_layers // args.pipeline_model_parallel_size)
+    width, vocabulary = args.hidden_size, args.padded_vocab_size or args.vocab_size or 0
+    query_width = args.num_attention_heads * args.kv_channels
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    key_value_width = groups * args.kv_channels
+    bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
+
+    attention_weights = width * (2 * query_width + 2 * key_value_width)
+    mlp_weights = (3 if args.swiglu else 2) * width * args.ffn_hidden_size
+    weights = (layers * (attention_weights + mlp_weights) + width * vocabulary) / tensor_size
+    passes = 4 if args.recompute_granularity == "full" else 3
+    linear_operations = 2 * passes * weights
+    # Two products of a causal half square, forward; twice that backward.
+    attention_operations = 2 * passes * layers * query_width / tensor_size
+
+    # Korthikanti et al. (arXiv 2205.05198), table 2, with attention scores never kept.
+    kept_per_layer = 2 if args.recompute_granularity == "full" else 34
+    shared = tensor_size if args.sequence_parallel or tensor_size == 1 else max(tensor_size / 2, 1)
+    activation_bytes = layers * kept_per_layer * width * bytes_per_value / 2 / shared + 6 * vocabulary / tensor_size
+    optimizer_bytes = 12 / (args.data_parallel_size if args.use_distributed_optimizer else 1)
+    state_bytes = weights * (6 + optimizer_bytes)
+
+    if gpu is None:
+        flops, layer_seconds, collective_seconds = _CPU_FLOPS, _CPU_LAYER_SECONDS, _CPU_COLLECTIVE_SECONDS
+        # A whole number of tokens must survive the division by bytes that finds the capacity.
+        budget_bytes = state_bytes + activation_bytes * (args.seq_length * micro_batches_in_flight + 0.5)
+    else:
+        flops = _GPU_FLOPS_BY_CAPABILITY.get(gpu[0], _GPU_FLOPS_BY_CAPABILITY[10])
+        layer_seconds, collective_seconds = _GPU_LAYER_SECONDS, _GPU_COLLECTIVE_SECONDS
+        budget_bytes = _USABLE_MEMORY * gpu[1]
+
+    wide = [degree for degree in degrees if degree > 1]
+    exchanges = 4 * layers
+    return CostModel(
+        memory_budget_bytes=budget_bytes,
+        model_state_bytes=state_bytes,
+        activation_bytes_per_token=activation_bytes,
+        attention_seconds_per_token_squared=attention_operations / flops,
+        linear_seconds_per_token=linear_operations / flops,
+        micro_batch_overhead_seconds=layers * layer_seconds,
+        exchange_bytes_per_token=4 * layers * (query_width + key_value_width) * bytes_per_value / tensor_size,
+        exchange_bandwidth_bytes_per_second={
+            degree: _bandwidth(degree * tensor_size, ranks_per_node, gpu is None) for degree in wide
+        },
+        exchange_latency_seconds={degree: exchanges * collective_seconds for degree in wide},
+        note="estimated from the model's arguments, not measured",
+    )
+
+
+def _bandwidth(ranks: int, ranks_per_node: int, cpu: bool) -> float:
+    if cpu:
+        return _CPU_BYTES_PER_SECOND
+    return _NODE_BYTES_PER_SECOND if ranks <= ranks_per_node else _NETWORK_BYTES_PER_SECOND

@@ -1,0 +1,118 @@
+"""Megatron's attention and rotary embedding for packs: what a layer needs to know of its micro-batch.
+
+Hidden states stay ``[t, 1, width]``, Megatron's unpacked layout with a batch of one, so that nothing between
+two attentions notices the pack. Only the two operations that mix or number tokens are told of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_flexsp.runtime import PackLayout, SequenceGroup, ulysses_attention
+from megatron_flexsp.runtime.attention import packed_causal_attention
+
+
+@dataclass
+class FlexSPPackedSeqParams(PackedSeqParams):
+    """Travels from the model's call to every attention.
+
+    ``qkv_format`` is ``sbhd``: for ``thd`` Megatron would split rotary embedding and slices by its own
+    zigzag rule, and read ``cu_seqlens`` back from the device in every layer.
+    """
+
+    qkv_format: str = "sbhd"
+    layout: PackLayout | None = None
+    group: SequenceGroup | None = None
+    positions: Tensor | None = None
+    """Each local token's position in its sequence, int64 ``[t]``, on the device."""
+
+
+class _PackedLength(int):
+    """The rotary length of a pack, carrying the positions to where the embedding is made."""
+
+    positions: Tensor
+
+
+def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``DotProductAttention.forward`` that knows packs."""
+
+    def forward(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        if not isinstance(packed_seq_params, FlexSPPackedSeqParams):
+            return original(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
+        layout, group = packed_seq_params.layout, packed_seq_params.group
+        assert layout is not None and group is not None
+        # Under query-key layer scaling Megatron divides the scores by the layer's number and multiplies
+        # by it inside the softmax; together that is one factor.
+        scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)
+        kernel = partial(packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=scale)
+        out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
+        return out_tHD.reshape(query.shape[0], 1, -1)
+
+    return forward
+
+
+def rotary_length(original: Callable[..., int]) -> Callable[..., int]:
+    """``RotaryEmbedding.get_rotary_seq_len`` that hands on a pack's positions."""
+
+    def get_rotary_seq_len(
+        self: Any,
+        inference_context: Any,
+        transformer: Any,
+        transformer_input: Tensor,
+        transformer_config: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **others: Any,
+    ) -> int:
+        if not isinstance(packed_seq_params, FlexSPPackedSeqParams):
+            return original(
+                self,
+                inference_context,
+                transformer,
+                transformer_input,
+                transformer_config,
+                packed_seq_params,
+                **others,
+            )
+        assert packed_seq_params.layout is not None and packed_seq_params.positions is not None
+        length = _PackedLength(max(packed_seq_params.layout.segment_lengths))
+        length.positions = packed_seq_params.positions
+        return length
+
+    return get_rotary_seq_len
+
+
+def rotary_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``RotaryEmbedding.forward`` (and YaRN's) that gives each token of a slice its own angles.
+
+    Returns ``[t, 1, 1, width]`` for a pack; YaRN's comes with its scale, as the original's does.
+    """
+
+    def forward(self: Any, max_seq_len: int, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(max_seq_len, _PackedLength):
+            return original(self, max_seq_len, *args, **kwargs)
+        # The original caches a few lengths; powers of two keep it to few.
+        table = original(self, 1 << (int(max_seq_len) - 1).bit_length())
+        if isinstance(table, tuple):
+            return table[0].index_select(0, max_seq_len.positions), *table[1:]
+        return table.index_select(0, max_seq_len.positions)
+
+    # Megatron's own clear-the-cache calls must still find the original's cache.
+    for name in ("cache_clear", "cache_info"):
+        if hasattr(original, name):
+            setattr(forward, name, getattr(original, name))
+    return forward

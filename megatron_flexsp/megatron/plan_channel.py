@@ -1,0 +1,103 @@
+"""One rank plans, all ranks run the same plan or stop with the same error.
+
+Everything goes over a process group of the hosts (gloo), so that no device ever waits for a plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.planner import Plan
+
+PLANNING_RANK = 0
+
+_DIFFERENCES = (
+    (
+        "the lengths of the sequences in this batch",
+        "Every node must see the same data files: compare --data-path and --data-cache-path on their hosts",
+    ),
+    ("the plan", "Every node must run the same version of megatron-flexsp"),
+)
+"""What ranks can differ in, and what to do about it."""
+
+
+def lengths_digest(lengths: NDArray[np.int64]) -> str:
+    """What two ranks compare to know that they see the same batch."""
+    return hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes()).hexdigest()
+
+
+class PlanChannel:
+    """Hands each batch's plan from the planning rank to all ranks.
+
+    Parameters
+    ----------
+    group
+        A gloo group of all ranks of the world. Its timeout is the longest wait for a plan.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._rank = dist.get_rank()
+
+    @property
+    def plans_here(self) -> bool:
+        """Whether this rank is the one that plans."""
+        return self._rank == PLANNING_RANK
+
+    def share(self, lengths: NDArray[np.int64], planned: Plan | FlexSPError | None) -> Plan:
+        """Collective: return the planning rank's plan on every rank.
+
+        Parameters
+        ----------
+        lengths
+            The batch's sequence lengths as this rank reads them.
+        planned
+            On the planning rank its plan, or why there is none; None on the others.
+
+        Raises
+        ------
+        FlexSPError
+            On every rank: where planning failed, or where ranks see other lengths, naming those ranks.
+        """
+        message: dict[str, object] = {}
+        if isinstance(planned, FlexSPError):
+            message = {"error": str(planned)}
+        elif planned is not None:
+            message = {
+                "plan": planned.to_json(),
+                "digest": planned.digest(),
+                "lengths": lengths_digest(lengths),
+            }
+        message = json.loads(self._broadcast(json.dumps(message).encode()))
+        if "error" in message:
+            raise FlexSPError(str(message["error"]))
+        plan = planned if isinstance(planned, Plan) else Plan.from_json(str(message["plan"]))
+        self._agree(lengths_digest(lengths) == message["lengths"], plan.digest() == message["digest"])
+        return plan
+
+    def _broadcast(self, payload: bytes) -> bytes:
+        size = torch.tensor([len(payload)], dtype=torch.int64)
+        dist.broadcast(size, PLANNING_RANK, group=self._group)
+        data = torch.zeros(int(size), dtype=torch.uint8)
+        if self.plans_here:
+            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        dist.broadcast(data, PLANNING_RANK, group=self._group)
+        return data.numpy().tobytes()
+
+    def _agree(self, *same: bool) -> None:
+        """Stop all ranks if any of them differs from the planning rank, in the batch or in the plan."""
+        agreed = torch.tensor(same, dtype=torch.int32)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._group)
+        for kind, (what, remedy) in enumerate(_DIFFERENCES):
+            if not int(agreed[kind]):
+                verdicts: list[bool] = [False] * dist.get_world_size(self._group)
+                dist.all_gather_object(verdicts, same[kind], group=self._group)
+                others = [rank for rank, verdict in enumerate(verdicts) if not verdict]
+                raise FlexSPError(f"rank(s) {others} differ from rank {PLANNING_RANK} in {what}. {remedy}")

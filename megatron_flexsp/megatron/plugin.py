@@ -1,0 +1,141 @@
+"""Puts FlexSP into Megatron: the launcher's one call before it runs the training script."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_flexsp.megatron import arguments, seams
+from megatron_flexsp.megatron.seams import Seam
+
+
+def install(command_line: Sequence[str]) -> None:
+    """Register the flags; with ``--flexsp`` on the command line, put everything else in place too.
+
+    Raises
+    ------
+    FlexSPError
+        If this Megatron is not one that the package was written for.
+    """
+    seams.check_version()
+    seams.install([_flags_seam()])
+    if "--flexsp" in command_line:
+        _install_training()
+
+
+def _flags_seam() -> Seam:
+    def register(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def parse_args(extra_args_provider: Any = None, *args: Any, **kwargs: Any) -> Any:
+            def provider(parser: Any) -> Any:
+                parser = arguments.add_flexsp_arguments(parser)
+                return parser if extra_args_provider is None else extra_args_provider(parser)
+
+            return original(provider, *args, **kwargs)
+
+        return parse_args
+
+    return Seam(
+        "megatron.training.arguments:parse_args",
+        ("extra_args_provider", "ignore_unknown_args"),
+        register,
+        "registers the flags",
+    )
+
+
+def _install_training() -> None:
+    """Everything that changes how a run trains."""
+    # Imported here: a run without --flexsp never loads these.
+    from megatron_flexsp.megatron import packed_attention, training
+
+    run = training.FlexSPTraining()
+
+    def check_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def validate_args(args: Any, defaults: Any = None) -> Any:
+            arguments.check_compatibility(args)
+            if args.micro_batch_size is None:
+                args.micro_batch_size = 1
+            arguments.settings_from_args(args)
+            validated = original(args, defaults or {})
+            # Pipeline stages exchange shapes, and the configuration refuses that with its default
+            # dispatcher even where there are no experts to dispatch to.
+            args.variable_seq_lengths = True
+            args.moe_token_dispatcher_type = "alltoall"
+            args.dataloader_type = "external"  # our iterators are handed through as they are
+            run.configure(arguments.settings_from_args(args))
+            print_seams(args)
+            return validated
+
+        return validate_args
+
+    def print_seams(args: Any) -> None:
+        if args.rank == 0:
+            for seam in planned:
+                print(f" > [flexsp] {seam.target} {seam.reason}", flush=True)
+
+    pretrain_parameters = ("train_valid_test_dataset_provider", "forward_step_func")
+    rotary = "megatron.core.models.common.embeddings"
+    planned = [
+        Seam(
+            "megatron.training.arguments:validate_args",
+            ("args", "defaults"),
+            check_arguments,
+            "checks the flags and lets micro-batches differ in length",
+        ),
+        Seam("megatron.training:pretrain", pretrain_parameters, run.wrap_pretrain, "takes documents as samples"),
+        Seam(
+            "megatron.training.training:pretrain",
+            pretrain_parameters,
+            run.wrap_pretrain,
+            "takes documents as samples",
+        ),
+        Seam(
+            "megatron.training.training:get_forward_backward_func",
+            (),
+            run.wrap_get_forward_backward_func,
+            "runs the plan's micro-batches",
+        ),
+        Seam(
+            "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
+            (
+                "self",
+                "query",
+                "key",
+                "value",
+                "attention_mask",
+                "attn_mask_type",
+                "attention_bias",
+                "packed_seq_params",
+            ),
+            packed_attention.attention_forward,
+            "attends over packs, on the pack's own group",
+        ),
+        Seam(
+            f"{rotary}.rotary_pos_embedding:RotaryEmbedding.get_rotary_seq_len",
+            (
+                "self",
+                "inference_context",
+                "transformer",
+                "transformer_input",
+                "transformer_config",
+                "packed_seq_params",
+            ),
+            packed_attention.rotary_length,
+            "hands on the positions of a slice",
+        ),
+        Seam(
+            f"{rotary}.rotary_pos_embedding:RotaryEmbedding.forward",
+            ("self", "max_seq_len"),
+            packed_attention.rotary_forward,
+            "turns each token by its position in its document",
+        ),
+        Seam(
+            f"{rotary}.yarn_rotary_pos_embedding:YarnRotaryEmbedding.forward",
+            ("self", "max_seq_len"),
+            packed_attention.rotary_forward,
+            "turns each token by its position in its document",
+        ),
+    ]
+    seams.install(planned)

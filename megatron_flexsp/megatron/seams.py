@@ -1,0 +1,87 @@
+"""Every place where Megatron is changed, declared once: what, why, and the signature that is expected.
+
+A seam is checked against the Megatron that is installed before anything is changed, so that a release
+that moved something is refused at start-up instead of training something else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_flexsp.errors import FlexSPError
+
+SUPPORTED = ((0, 18), (0, 19))
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One replaced name."""
+
+    target: str
+    """``module:name`` or ``module:Class.name``."""
+
+    parameters: tuple[str, ...]
+    """Parameters that the replacement relies on, by name."""
+
+    replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
+    """Takes the original and returns what stands in its place."""
+
+    reason: str
+
+    def resolve(self) -> tuple[Any, str, Callable[..., Any]]:
+        """The owner, the attribute's name and the original.
+
+        Raises
+        ------
+        FlexSPError
+            If it is not there or takes other parameters.
+        """
+        module_name, _, path = self.target.partition(":")
+        *owners, name = path.split(".")
+        try:
+            owner: Any = importlib.import_module(module_name)
+            for part in owners:
+                owner = getattr(owner, part)
+            original = getattr(owner, name)
+        except (ImportError, AttributeError) as error:
+            raise FlexSPError(f"Megatron {version()}: {self.target} is not there ({error}). {_REMEDY}") from None
+        found = inspect.signature(original).parameters
+        missing = [parameter for parameter in self.parameters if parameter not in found]
+        if missing:
+            raise FlexSPError(
+                f"Megatron {version()}: {self.target} takes ({', '.join(found)}), without {', '.join(missing)}. {_REMEDY}"
+            )
+        return owner, name, original
+
+
+_REMEDY = "This version of megatron-flexsp works with Megatron 0.18 and 0.19."
+
+
+def version() -> str:
+    """The version of the Megatron that would be imported."""
+    try:
+        package_info = importlib.import_module("megatron.core.package_info")
+    except ImportError as error:
+        raise FlexSPError(
+            f"Megatron can't be imported ({error}): install it (pip install 'megatron-flexsp[train]') or run from a "
+            "Megatron-LM checkout"
+        ) from None
+    return str(package_info.__version__)
+
+
+def check_version() -> None:
+    """Refuse a Megatron that this package was not written for."""
+    found = version()
+    if tuple(int(part) for part in found.split(".")[:2]) not in SUPPORTED:
+        raise FlexSPError(f"Megatron {found} is not supported. {_REMEDY}")
+
+
+def install(seams: Sequence[Seam]) -> None:
+    """Check all seams, then put them in place."""
+    places = [(seam, *seam.resolve()) for seam in seams]
+    for seam, owner, name, original in places:
+        setattr(owner, name, seam.replacement(original))

@@ -1,0 +1,47 @@
+"""What each step's plan looked like: a line in Megatron's log and figures for its TensorBoard."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from megatron.training import get_args, get_tensorboard_writer, print_rank_0
+
+from megatron_flexsp.megatron.batches import PlannedBatch
+from megatron_flexsp.megatron.context import Context
+from megatron_flexsp.planner import balance, padding_share
+
+
+def log_step(context: Context, batch: PlannedBatch) -> None:
+    """Log one training step's plan. Rank 0 prints; the rank that has Megatron's writer writes."""
+    writer = get_tensorboard_writer()
+    printing = context.channel.plans_here
+    if writer is None and not printing:
+        return
+    plan, lengths = batch.plan, batch.lengths
+    figures = {
+        "predicted balance": balance(plan, lengths, context.cost_model),
+        "padding share": padding_share(plan, lengths, context.settings.slice_multiple),
+        "predicted seconds": plan.predicted_seconds,
+        "lower bound seconds": plan.lower_bound_seconds,
+        "planning seconds": plan.solve_seconds,
+        "waited for plan seconds": batch.waited_for_plan_seconds,
+        "waited for data seconds": batch.waited_for_data_seconds,
+        "tokens": float(lengths.sum()),
+    }
+    iteration = get_args().curr_iteration + 1
+    if writer is not None:
+        for name, value in figures.items():
+            writer.add_scalar(f"flexsp/{name}", value, iteration)
+    if not printing:
+        return
+    degrees = Counter(item.degree for item in plan.micro_batches if not item.is_filler)
+    counts = [len(plan.micro_batches_of_rank(rank)) for rank in range(plan.domain_size)]
+    print_rank_0(
+        f" [flexsp] iteration {iteration:8d} | {plan.schedule} | micro-batches of each degree: "
+        + ", ".join(f"{count} x {degree}" for degree, count in sorted(degrees.items(), reverse=True))
+        + f" | micro-batches a rank: {min(counts)}-{max(counts)} | sequences: {len(lengths)} | tokens: {lengths.sum()}"
+        f" | predicted balance: {figures['predicted balance']:.1%} | padding: {figures['padding share']:.2%}"
+        f" | planning (ms): {plan.solve_seconds * 1e3:.1f}"
+        f" | waited for plan (ms): {batch.waited_for_plan_seconds * 1e3:.1f}"
+        f" | waited for data (ms): {batch.waited_for_data_seconds * 1e3:.1f} |"
+    )

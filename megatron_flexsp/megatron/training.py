@@ -1,0 +1,269 @@
+"""FlexSP inside Megatron's training: its data, its forward step, and the micro-batches of each step."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import num_microbatches_calculator, parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.training import get_args, get_timers, print_rank_0
+from megatron.training import training as megatron_training
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron.arguments import Settings
+from megatron_flexsp.megatron.batches import (
+    LocalMicroBatch,
+    PlannedBatch,
+    PlannedBatches,
+    SliceReader,
+    batches_from,
+)
+from megatron_flexsp.megatron.context import Context, build_context, on_cpu
+from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
+from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
+from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
+from megatron_flexsp.megatron.step_log import log_step
+
+
+class FlexSPTraining:
+    """Stands between Megatron's ``pretrain`` and the user's script."""
+
+    def __init__(self) -> None:
+        self._configured: Settings | None = None
+        self._context: Context | None = None
+        self._iterators: tuple[PlannedBatches | None, ...] | None = None
+
+    def configure(self, settings: Settings) -> None:
+        """Take the checked flags; Megatron has parsed them by now."""
+        self._configured = settings
+
+    @property
+    def _settings(self) -> Settings:
+        assert self._configured is not None
+        return self._configured
+
+    @property
+    def context(self) -> Context:
+        """The run's groups and cost model; there once the data is built."""
+        assert self._context is not None
+        return self._context
+
+    def wrap_pretrain(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """``pretrain`` with our data and forward step in place of the script's."""
+
+        @functools.wraps(original)
+        def pretrain(*args: Any, **kwargs: Any) -> Any:
+            bound = inspect.signature(original).bind(*args, **kwargs)
+            script_step = bound.arguments["forward_step_func"]
+            bound.arguments["train_valid_test_dataset_provider"] = self._dataset_provider()
+            bound.arguments["forward_step_func"] = functools.partial(self._forward_step, _script_loss(script_step))
+            return original(*bound.args, **bound.kwargs)
+
+        return pretrain
+
+    def wrap_get_forward_backward_func(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """``get_forward_backward_func`` whose function runs a plan's micro-batches."""
+
+        @functools.wraps(original)
+        def get_forward_backward_func(*args: Any, **kwargs: Any) -> Any:
+            return functools.partial(self._run_step, original(*args, **kwargs))
+
+        return get_forward_backward_func
+
+    def _run_step(
+        self,
+        schedule: Callable[..., Any],
+        *,
+        data_iterator: Any,
+        num_microbatches: int,
+        forward_only: bool = False,
+        **others: Any,
+    ) -> Any:
+        """One step of training or evaluation: ``schedule`` on this rank's micro-batches of the next plan."""
+        chunks = len(data_iterator) if isinstance(data_iterator, list) else None
+        # Under interleaving every model chunk has an iterator, all of the same object; one batch serves all.
+        iterator = data_iterator if chunks is None else data_iterator[0]
+        if iterator is None:
+            raise FlexSPError(
+                "--eval-iters asks for evaluation but --split leaves no documents for it: give the split a part, or set "
+                "--eval-iters 0"
+            )
+        batch: PlannedBatch = next(iterator)
+        expected = num_microbatches * self._settings.domain_size
+        if len(batch.lengths) != expected:
+            raise FlexSPError(
+                f"the batch has {len(batch.lengths)} sequences where Megatron expects {expected}: the batch size changed "
+                "in a way that was not foreseen. Resume from the last checkpoint"
+            )
+        micro_batches = batch.micro_batches
+        result = schedule(
+            data_iterator=iter(micro_batches) if chunks is None else [iter(micro_batches) for _ in range(chunks)],
+            num_microbatches=len(micro_batches),
+            forward_only=forward_only,
+            **others,
+        )
+        if not forward_only:
+            self._account(batch)
+            log_step(self.context, batch)
+        return result
+
+    def _account(self, batch: PlannedBatch) -> None:
+        """Tell Megatron's FLOP count which sequences ran here; it adds the ranks up, so each counts once."""
+        bounds = [0]
+        for item in batch.micro_batches:
+            if item.layout.member == 0:
+                for length in item.layout.lengths:
+                    bounds.append(bounds[-1] + length)
+        if len(bounds) == 1:
+            bounds.append(0)  # every rank must report, or the sum over the ranks hangs
+        megatron_training.update_seqlen_stats_from_cu_seqlens(torch.tensor(bounds, dtype=torch.int32))
+
+    def _forward_step(
+        self, script_loss: Callable[..., Any], data_iterator: Iterator[LocalMicroBatch], model: Any
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        """Run the model on the next micro-batch; the script's own loss function follows."""
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        item = next(data_iterator)
+        tokens, labels, loss_mask = (_to_device(x) for x in (item.tokens, item.labels, item.loss_mask))
+        positions = _to_device(item.positions)
+        assert positions is not None
+        params = FlexSPPackedSeqParams(
+            layout=item.layout,
+            group=self.context.groups.group(item.first_rank, item.layout.degree),
+            positions=positions,
+        )
+        timers("batch-generator").stop()
+        output = model(
+            None if tokens is None else tokens.unsqueeze(0),
+            positions.unsqueeze(0),
+            None,
+            labels=None if labels is None else labels.unsqueeze(0),
+            packed_seq_params=params,
+        )
+        return output, functools.partial(script_loss, loss_mask, model=model)
+
+    def _dataset_provider(self) -> Callable[..., Any]:
+        def provider(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> Any:
+            if self._iterators is None:
+                self._iterators = self._build(num_samples)
+            return self._iterators
+
+        provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron reads it: every rank calls
+        return provider
+
+    def _build(self, num_samples: tuple[int, int, int]) -> tuple[PlannedBatches | None, ...]:
+        """Collective: groups first, then data, then the iterators over planned batches."""
+        args, settings = get_args(), self._settings
+        self._context = build_context(args, settings)
+        _announce(self.context)
+        datasets = _build_datasets(args, settings, num_samples)
+        consumed = (args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0)
+        sizes = (_train_batch_size, _evaluation_batch_size, _evaluation_batch_size)
+        return tuple(map(self._iterator, datasets, consumed, sizes))
+
+    def _iterator(self, dataset: Any, consumed: int, size_at: Callable[[int], int]) -> PlannedBatches | None:
+        if dataset is None or len(dataset) == 0:
+            return None
+        settings, context = self._settings, self.context
+        source = SampleSource(dataset)
+        for part in source.parts:
+            print_rank_0(f" > [flexsp] {part.describe()}")
+            context.check_fits(part.longest, part.name)
+        first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+        reader = SliceReader(
+            source,
+            context.domain_rank,
+            settings.slice_multiple,
+            reads_tokens=first(ignore_virtual=True) or last(ignore_virtual=True),
+            pin_memory=not on_cpu(),
+        )
+        return PlannedBatches(
+            source,
+            reader,
+            context.channel,
+            batches_from(consumed, len(source), size_at),
+            context.make_plan,
+            settings.plan_ahead,
+        )
+
+
+def _script_loss(script_step: Any) -> Callable[..., Any]:
+    """The ``loss_func`` that stands beside the script's forward step."""
+    function = inspect.unwrap(script_step)
+    while isinstance(function, functools.partial):
+        function = inspect.unwrap(function.func)
+    loss = getattr(function, "__globals__", {}).get("loss_func")
+    if loss is None:
+        raise FlexSPError(
+            f"the script's forward step ({getattr(function, '__module__', function)}) has no loss_func(loss_mask, "
+            "output_tensor, model) beside it, as Megatron's pretrain_gpt.py has; FlexSP needs it"
+        )
+    if "model" in inspect.signature(loss).parameters:
+        return loss  # type: ignore[no-any-return]
+    return lambda loss_mask, output_tensor, model=None: loss(loss_mask, output_tensor)
+
+
+def _to_device(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device=torch.cuda.current_device(), non_blocking=True)
+
+
+def _train_batch_size(consumed: int) -> int:
+    """The global batch size once so many samples are consumed, ramp-up and schedules followed."""
+    calculator = copy.deepcopy(num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR)
+    calculator.update(consumed, False)
+    return int(calculator.get_current_running_global_batch_size())
+
+
+def _evaluation_batch_size(consumed: int) -> int:
+    args = get_args()
+    return int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
+
+
+def _announce(context: Context) -> None:
+    settings = context.settings
+    print_rank_0(
+        f" > [flexsp] {settings.schedule} schedule over {settings.domain_size} data-parallel ranks, degrees "
+        f"{', '.join(map(str, settings.degrees))}; {context.token_capacity:,} tokens a rank and micro-batch; "
+        f"{context.groups.communicators} communicators on this rank"
+    )
+    if context.cost_model.note:
+        print_rank_0(f" > [flexsp] cost model: {context.cost_model.note}")
+
+
+def _build_datasets(args: Any, settings: Settings, num_samples: tuple[int, int, int]) -> Any:
+    """Train, validation and test documents through megatron.core's builder, on every rank."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    mock_documents = None
+    if args.mock_data:
+        blend = blend_per_split = None
+        vocabulary = args.vocab_size or args.padded_vocab_size
+        mock_documents = MockDocuments(mock_lengths(settings.mock_lengths, args.seq_length, args.seed), vocabulary)
+    config = DocumentDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        overlong=settings.overlong,
+        mock_documents=mock_documents,
+        object_storage_cache_path=args.object_storage_cache_path,
+    )
+    try:
+        return BlendedMegatronDatasetBuilder(DocumentDataset, list(num_samples), lambda: True, config).build()
+    except Exception as error:
+        # The builder wraps what goes wrong with mock data; the user's mistake is inside.
+        if isinstance(error.__cause__, FlexSPError):
+            raise error.__cause__ from None
+        raise

@@ -1,0 +1,252 @@
+"""What a micro-batch costs: measured constants in, seconds and the tokens that a rank can hold out.
+
+The formula is that of FlexSP (arXiv 2412.01523, section 4.1) with a latency per exchange added:
+
+    micro-batch seconds = overhead + sum(attention * s^2 + linear * s) / degree
+        + [degree > 1] (latency[degree] + exchange_bytes * sum(s) / (degree * bandwidth[degree]))
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_flexsp.errors import FlexSPError
+
+SCHEMA = "flexsp.cost_model/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """The constants of one model on one cluster.
+
+    Raises
+    ------
+    FlexSPError
+        If a constant is not a finite number, is negative, or a bandwidth is zero or has no sensible degree.
+    """
+
+    memory_budget_bytes: float
+    """What a rank may use of its device's memory."""
+
+    model_state_bytes: float
+    """What parameters, gradients and optimizer state take of it."""
+
+    activation_bytes_per_token: float
+    """What one token of a rank's slice takes until its backward has run."""
+
+    attention_seconds_per_token_squared: float
+    """Seconds on one rank, forward and backward, for each squared token of a sequence."""
+
+    linear_seconds_per_token: float
+    """Seconds on one rank, forward and backward, for each token."""
+
+    micro_batch_overhead_seconds: float
+    """Seconds that every micro-batch costs, whatever it holds."""
+
+    exchange_bytes_per_token: float
+    """Bytes that a group exchanges for each token of its pack."""
+
+    exchange_bandwidth_bytes_per_second: Mapping[int, float] = field(hash=False)
+    """Bandwidth of one rank in a group, by degree. A degree that is missing here is not offered."""
+
+    exchange_latency_seconds: Mapping[int, float] = field(default_factory=dict, hash=False)
+    """Seconds that a micro-batch's exchanges cost beside their bytes, by degree; missing means 0."""
+
+    note: str = ""
+    """Free text for people."""
+
+    measurement: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Where the constants come from, as the profiler left it; the planner does not read it."""
+
+    def __post_init__(self) -> None:
+        for key in _NUMBER_KEYS:
+            _check_number(key, getattr(self, key))
+        for key in _TABLE_KEYS:
+            for degree, value in getattr(self, key).items():
+                _check_number(f'{key}["{degree}"]', value)
+        for degree, bandwidth in self.exchange_bandwidth_bytes_per_second.items():
+            if bandwidth == 0:
+                raise FlexSPError(
+                    f'exchange_bandwidth_bytes_per_second["{degree}"] is 0; it must be above 0, '
+                    "or leave the degree out so that it is not offered"
+                )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "CostModel":
+        """Read a cost model from a JSON file.
+
+        Raises
+        ------
+        FlexSPError
+            If the file cannot be read or does not hold a cost model; names the file and the key.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+            raise FlexSPError(
+                f"{path}: cannot read the cost model ({reason}); measure one with `flexsp profile`"
+            ) from None
+        return cls.from_json(text, source=str(path))
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "cost model") -> "CostModel":
+        """Read a cost model from JSON text; ``source`` is what errors call it.
+
+        Raises
+        ------
+        FlexSPError
+            If the text is no JSON, has another schema, or a key is missing, unknown or not a sensible number.
+        """
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise FlexSPError(f"{source}: not JSON ({error}); expected a {SCHEMA} object") from None
+        try:
+            return cls(**_fields_from(data))
+        except FlexSPError as error:
+            raise FlexSPError(f"{source}: {error}") from None
+
+    def to_json(self) -> str:
+        """The cost model as JSON text that ``from_json`` reads back to an equal one."""
+        data: dict[str, Any] = {"schema": SCHEMA}
+        if self.note:
+            data["note"] = self.note
+        data |= {key: getattr(self, key) for key in _NUMBER_KEYS}
+        data |= {
+            key: {str(degree): value for degree, value in sorted(getattr(self, key).items())}
+            for key in _TABLE_KEYS
+        }
+        if self.measurement:
+            data["measurement"] = dict(self.measurement)
+        return json.dumps(data, indent=2) + "\n"
+
+    @property
+    def token_capacity(self) -> int:
+        """Tokens that one rank can hold in one micro-batch.
+
+        Raises
+        ------
+        FlexSPError
+            If the memory constants leave no room for a single token, or activation bytes are 0.
+        """
+        free_bytes = self.memory_budget_bytes - self.model_state_bytes
+        way_out = "correct the cost model or give the capacity with --flexsp-max-tokens-per-rank"
+        if self.activation_bytes_per_token == 0:
+            raise FlexSPError(f"activation_bytes_per_token is 0, so the token capacity is unknown; {way_out}")
+        tokens_per_rank = free_bytes / self.activation_bytes_per_token
+        if tokens_per_rank < 1:
+            raise FlexSPError(
+                f"memory_budget_bytes {self.memory_budget_bytes:.0f} less model_state_bytes "
+                f"{self.model_state_bytes:.0f} holds no token of {self.activation_bytes_per_token:.0f} "
+                f"activation bytes; {way_out}"
+            )
+        if math.isinf(tokens_per_rank):
+            raise FlexSPError(
+                f"activation_bytes_per_token {self.activation_bytes_per_token} is too small; {way_out}"
+            )
+        return int(tokens_per_rank)
+
+    def sequence_seconds(self, lengths: ArrayLike, degree: int) -> NDArray[np.float64]:
+        """Seconds that each sequence adds to a micro-batch of a group of this degree.
+
+        Parameters
+        ----------
+        lengths
+            Tokens of each sequence, any shape.
+        degree
+            Ranks in the group.
+
+        Returns
+        -------
+        array of ``lengths``' shape
+            Compute and exchanged bytes, without the micro-batch's overhead and latency.
+
+        Raises
+        ------
+        FlexSPError
+            If the cost model has no bandwidth for the degree.
+        """
+        tokens = np.asarray(lengths, dtype=np.float64)
+        attention = self.attention_seconds_per_token_squared * tokens**2
+        compute = attention + self.linear_seconds_per_token * tokens
+        if degree == 1:
+            return np.asarray(compute)
+        bandwidth = self._bandwidth(degree)
+        return np.asarray(compute / degree + self.exchange_bytes_per_token * tokens / (degree * bandwidth))
+
+    def latency_seconds(self, degree: int) -> float:
+        """Seconds of exchange latency that a micro-batch of this degree costs; 0 for degree 1."""
+        return 0.0 if degree == 1 else float(self.exchange_latency_seconds.get(degree, 0.0))
+
+    def micro_batch_seconds(self, lengths: ArrayLike, degree: int) -> float:
+        """Seconds of one micro-batch that holds these sequences on a group of this degree.
+
+        A filler, which holds no sequence, costs its overhead. Padding is not priced.
+        """
+        latency = self.latency_seconds(degree)
+        work = self.sequence_seconds(lengths, degree).sum()
+        return float(self.micro_batch_overhead_seconds + latency + work)
+
+    def _bandwidth(self, degree: int) -> float:
+        bandwidth = self.exchange_bandwidth_bytes_per_second.get(degree)
+        if bandwidth is None:
+            known = ", ".join(map(str, sorted(self.exchange_bandwidth_bytes_per_second))) or "none"
+            raise FlexSPError(
+                f"the cost model has no exchange_bandwidth_bytes_per_second for degree {degree} "
+                f"(it has {known}); measure that degree with `flexsp profile` or don't ask for it"
+            )
+        return float(bandwidth)
+
+
+_TABLE_KEYS = ("exchange_bandwidth_bytes_per_second", "exchange_latency_seconds")
+_NUMBER_KEYS = tuple(
+    item.name for item in fields(CostModel) if item.name not in (*_TABLE_KEYS, "note", "measurement")
+)
+
+
+def _check_number(key: str, value: object) -> None:
+    """Refuse what is not a finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise FlexSPError(f"{key} is {value!r}; expected a number")
+    if not math.isfinite(value) or value < 0:
+        raise FlexSPError(f"{key} is {value}; expected a finite number of at least 0")
+
+
+def _fields_from(data: object) -> dict[str, Any]:
+    """The constructor's arguments from parsed JSON; refuses another schema, unknown and missing keys."""
+    if not isinstance(data, dict):
+        raise FlexSPError(f"found a JSON {type(data).__name__}; expected a {SCHEMA} object")
+    if data.get("schema") != SCHEMA:
+        raise FlexSPError(f'schema is {data.get("schema")!r}; expected "{SCHEMA}"')
+    known = {item.name for item in fields(CostModel)}
+    values = {key: value for key, value in data.items() if key != "schema"}
+    for key in values:
+        if key not in known:
+            raise FlexSPError(f"unknown key {key!r}; free text goes in note, provenance in measurement")
+    for key in (*_NUMBER_KEYS, "exchange_bandwidth_bytes_per_second"):
+        if key not in values:
+            raise FlexSPError(f"{key} is missing; add it, or measure a cost model with `flexsp profile`")
+    for key in _TABLE_KEYS:
+        values[key] = _table_from(key, values.get(key, {}))
+    if not isinstance(values.get("note", ""), str):
+        raise FlexSPError(f"note is {values['note']!r}; expected text")
+    if not isinstance(values.get("measurement", {}), dict):
+        raise FlexSPError(f"measurement is {values['measurement']!r}; expected an object")
+    return values
+
+
+def _table_from(key: str, table: object) -> dict[int, Any]:
+    """A table by degree, whose JSON keys are decimal text."""
+    if not isinstance(table, dict):
+        raise FlexSPError(f'{key} is {table!r}; expected an object such as {{"2": 1e11}}')
+    for degree in table:
+        if not degree.isdecimal() or str(int(degree)) != degree or int(degree) < 2:
+            raise FlexSPError(f'{key} has the degree "{degree}"; expected a whole number of at least 2')
+    return {int(degree): value for degree, value in table.items()}

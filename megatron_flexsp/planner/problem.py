@@ -1,0 +1,162 @@
+"""One planning problem: checked arguments in, sorted lengths and tables of seconds out.
+
+Every solver of this package takes a ``Problem`` and need not look at a flag or a cost model again.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.planner.blocks import is_legal_degree, legal_degrees
+from megatron_flexsp.planner.cost_model import CostModel
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A global batch to plan. Sequences are numbered by length, shortest first."""
+
+    positions: NDArray[np.int64]
+    """Position in the global batch of each sequence, shape (sequences,)."""
+
+    tokens: list[int]
+    """Tokens of each sequence, never decreasing."""
+
+    domain_size: int
+    """Ranks in the domain."""
+
+    degrees: tuple[int, ...]
+    """Degrees that may be used, narrowest first."""
+
+    tokens_per_rank: int
+    """What a rank's slice may hold: the token capacity, cut down to a multiple of the slice multiple."""
+
+    count_multiple: int
+    """Every rank runs a multiple of so many micro-batches."""
+
+    overhead_seconds: float
+    """What every micro-batch costs."""
+
+    latency_seconds: dict[int, float]
+    """What a micro-batch of each degree costs beside its overhead."""
+
+    sequence_seconds: dict[int, list[float]]
+    """What each sequence adds to a group of each degree; never decreasing, like the tokens."""
+
+    def pack_tokens(self, degree: int) -> int:
+        """Tokens that a pack of this degree can hold."""
+        return degree * self.tokens_per_rank
+
+    def opening_seconds(self, degree: int, count: int) -> float:
+        """What a further micro-batch costs ranks that run ``count`` already, before it holds a sequence.
+
+        The first of every ``count_multiple`` pays the overheads of them all: fillers will take the places
+        that no further micro-batch takes.
+        """
+        overheads = self.count_multiple if count % self.count_multiple == 0 else 0
+        return self.latency_seconds[degree] + overheads * self.overhead_seconds
+
+
+def make_problem(
+    lengths: ArrayLike,
+    cost_model: CostModel,
+    domain_size: int,
+    *,
+    degrees: Iterable[int] | None = None,
+    token_capacity: int | None = None,
+    slice_multiple: int = 1,
+    count_multiple: int = 1,
+) -> Problem:
+    """Check the arguments of ``plan`` and tabulate what solvers need.
+
+    Raises
+    ------
+    FlexSPError
+        For every argument that makes no sense, and where no allowed degree holds the longest sequence.
+    """
+    domain_size = _count("domain_size", domain_size)
+    slice_multiple = _count("slice_multiple", slice_multiple)
+    count_multiple = _count("count_multiple", count_multiple)
+    tokens = _checked_lengths(lengths)
+    allowed = _checked_degrees(degrees, cost_model, domain_size)
+    if token_capacity is None:
+        token_capacity = cost_model.token_capacity
+    capacity = _count("token_capacity", token_capacity)
+    if capacity < slice_multiple:
+        raise FlexSPError(
+            f"a token capacity of {capacity} per rank is less than the {slice_multiple} tokens that "
+            "every slice is padded to a multiple of; raise --flexsp-max-tokens-per-rank"
+        )
+    tokens_per_rank = capacity - capacity % slice_multiple
+    _check_longest(tokens, allowed, tokens_per_rank)
+    positions = np.argsort(tokens, kind="stable")
+    in_order = tokens[positions]
+    with np.errstate(over="ignore"):
+        seconds = {degree: cost_model.sequence_seconds(in_order, degree) for degree in allowed}
+    if not np.isfinite(sum(row.sum() for row in seconds.values())):
+        raise FlexSPError("the cost model's constants give no finite time for this batch; correct them")
+    return Problem(
+        positions=positions,
+        tokens=in_order.tolist(),
+        domain_size=domain_size,
+        degrees=allowed,
+        tokens_per_rank=tokens_per_rank,
+        count_multiple=count_multiple,
+        overhead_seconds=float(cost_model.micro_batch_overhead_seconds),
+        latency_seconds={degree: cost_model.latency_seconds(degree) for degree in allowed},
+        sequence_seconds={degree: row.tolist() for degree, row in seconds.items()},
+    )
+
+
+def _count(name: str, value: int) -> int:
+    """A whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise FlexSPError(f"{name} is {value!r}; expected a whole number of at least 1")
+    return int(value)
+
+
+def _checked_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
+    """The lengths as one row of whole numbers of at least 1."""
+    tokens = np.asarray(lengths)
+    if tokens.ndim != 1 or tokens.size == 0:
+        raise FlexSPError(f"lengths has the shape {tokens.shape}; expected one row of at least one sequence")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise FlexSPError(f"lengths holds {tokens.dtype} values; expected whole numbers of tokens")
+    if tokens.min() < 1:
+        position = int(tokens.argmin())
+        raise FlexSPError(f"sequence {position} has {tokens[position]} tokens; leave empty sequences out")
+    return tokens.astype(np.int64)
+
+
+def _checked_degrees(
+    degrees: Iterable[int] | None, cost_model: CostModel, domain_size: int
+) -> tuple[int, ...]:
+    """The degrees that may be used: those asked for, or all legal ones that the cost model prices."""
+    if degrees is None:
+        priced = {1, *cost_model.exchange_bandwidth_bytes_per_second}
+        return tuple(degree for degree in legal_degrees(domain_size) if degree in priced)
+    asked = tuple(sorted({_count("a degree", degree) for degree in degrees}))
+    if not asked:
+        raise FlexSPError("degrees is empty; name at least one, or leave it out to allow all of them")
+    for degree in asked:
+        if not is_legal_degree(degree, domain_size):
+            raise FlexSPError(
+                f"degree {degree} does not exist in a domain of {domain_size} ranks; "
+                f"it has {', '.join(map(str, legal_degrees(domain_size)))}"
+            )
+        cost_model.sequence_seconds(1, degree)  # refuses a degree without a bandwidth
+    return asked
+
+
+def _check_longest(tokens: NDArray[np.int64], degrees: tuple[int, ...], tokens_per_rank: int) -> None:
+    """Refuse a batch whose longest sequence fits no allowed group."""
+    position, widest = int(tokens.argmax()), degrees[-1]
+    if tokens[position] > widest * tokens_per_rank:
+        raise FlexSPError(
+            f"sequence {position} has {tokens[position]} tokens, but the widest allowed group holds "
+            f"{widest * tokens_per_rank} ({widest} ranks x {tokens_per_rank} tokens); allow a wider degree "
+            "(it needs a bandwidth in the cost model), raise --flexsp-max-tokens-per-rank if memory allows, "
+            "use more ranks, or truncate the sequence"
+        )

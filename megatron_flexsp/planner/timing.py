@@ -1,0 +1,81 @@
+"""How long a plan takes under a cost model, how evenly it loads the ranks, and how much of it is padding."""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_flexsp.planner.cost_model import CostModel
+from megatron_flexsp.planner.laws import rounds, slice_tokens
+from megatron_flexsp.planner.plan import Plan
+
+
+def micro_batch_seconds(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -> NDArray[np.float64]:
+    """Seconds of each micro-batch of a plan, shape (micro-batches,), in list order.
+
+    Parameters
+    ----------
+    plan
+        The plan.
+    lengths
+        Tokens of each sequence of the global batch, shape (sequences,).
+    cost_model
+        Prices it. It needs a bandwidth for every degree of the plan, else FlexSPError.
+    """
+    items = plan.micro_batches
+    tokens = np.asarray(lengths)
+    owners = np.repeat(np.arange(len(items)), [len(item.sequences) for item in items])
+    positions = np.array([position for item in items for position in item.sequences], dtype=np.int64)
+    degrees = np.array([item.degree for item in items], dtype=np.int64)
+    seconds = np.full(len(items), cost_model.micro_batch_overhead_seconds, dtype=np.float64)
+    for degree in np.unique(degrees).tolist():
+        mine = degrees[owners] == degree
+        work = cost_model.sequence_seconds(tokens[positions[mine]], degree)
+        seconds += np.bincount(owners[mine], weights=work, minlength=len(items))
+        seconds[degrees == degree] += cost_model.latency_seconds(degree)
+    return seconds
+
+
+def step_seconds(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -> float:
+    """Seconds of the whole step.
+
+    A micro-batch starts when the last of its ranks is free and ends for all of them together. In lockstep
+    a round starts when the last rank of the domain is free.
+    """
+    seconds = micro_batch_seconds(plan, lengths, cost_model).tolist()
+    if plan.schedule == "lockstep":
+        in_order = iter(seconds)
+        return float(sum(max(next(in_order) for _ in members) for members in rounds(plan)))
+    free_at = np.zeros(plan.domain_size)
+    for item, duration in zip(plan.micro_batches, seconds, strict=True):
+        block = free_at[item.first_rank : item.first_rank + item.degree]
+        block[:] = block.max() + duration
+    return float(free_at.max())
+
+
+def balance(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -> float:
+    """Mean share of the step that ranks spend in micro-batches that hold sequences, 0 to 1.
+
+    Fillers do not count: a rank that runs only padding is idle in truth. A step of 0 seconds counts as 1.
+    """
+    step = step_seconds(plan, lengths, cost_model)
+    if step == 0:
+        return 1.0
+    seconds = micro_batch_seconds(plan, lengths, cost_model).tolist()
+    busy = sum(
+        item.degree * duration
+        for item, duration in zip(plan.micro_batches, seconds, strict=True)
+        if not item.is_filler
+    )
+    return float(busy / (plan.domain_size * step))
+
+
+def padding_share(plan: Plan, lengths: ArrayLike, slice_multiple: int = 1) -> float:
+    """Share of all tokens that ranks run which are padding, fillers counted, 0 to 1.
+
+    Each rank's slice is padded up to a multiple of ``slice_multiple`` tokens; a filler is one such multiple.
+    """
+    tokens = np.asarray(lengths, dtype=np.int64).tolist()
+    run_tokens = 0
+    for item in plan.micro_batches:
+        total_tokens = max(1, sum(tokens[position] for position in item.sequences))
+        run_tokens += item.degree * slice_tokens(total_tokens, item.degree, slice_multiple)
+    return 1.0 - float(sum(tokens)) / run_tokens

@@ -1,0 +1,11 @@
+"""Plan -> tensors: groups, packing, all-to-all and packed attention. Knows torch, not Megatron.
+
+Tensor names carry their dimensions: T tokens of a pack, t tokens of one rank's slice, H query heads,
+G key/value heads, h and g the heads that one rank holds during attention, D head width.
+"""
+
+from megatron_flexsp.runtime.groups import GroupPool, SequenceGroup
+from megatron_flexsp.runtime.packing import PackLayout, Piece
+from megatron_flexsp.runtime.ulysses import ulysses_attention
+
+__all__ = ["GroupPool", "PackLayout", "Piece", "SequenceGroup", "ulysses_attention"]

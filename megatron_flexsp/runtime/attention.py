@@ -1,0 +1,47 @@
+"""Causal attention over a pack with PyTorch's scaled-dot-product attention, sequence by sequence.
+
+The kernel for machines without Transformer Engine. Whole sequences come in, so every one is an ordinary
+causal attention of its own and nothing is masked that need not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def packed_causal_attention(
+    q_ThD: Tensor, k_TgD: Tensor, v_TgD: Tensor, segment_lengths: Sequence[int], softmax_scale: float
+) -> Tensor:
+    """Each segment of the pack attends causally to itself.
+
+    Parameters
+    ----------
+    q_ThD, k_TgD, v_TgD
+        The whole pack; h is a multiple of g.
+    segment_lengths
+        Tokens of each segment; they add up to T.
+    softmax_scale
+        Factor of the scores before the softmax.
+
+    Returns
+    -------
+    Tensor
+        ``out_ThD``
+    """
+    grouped = q_ThD.shape[1] != k_TgD.shape[1]
+    # split(), not slicing: its backward is one concatenation, not a pack-sized tensor of zeros for each.
+    segments = zip(*(x.split(tuple(segment_lengths)) for x in (q_ThD, k_TgD, v_TgD)), strict=True)
+    outputs = []
+    for q, k, v in segments:
+        out_1hsD = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
+            is_causal=True,
+            scale=softmax_scale,
+            enable_gqa=grouped,
+        )
+        outputs.append(out_1hsD.squeeze(0).transpose(0, 1))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

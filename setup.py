@@ -1,0 +1,46 @@
+"""Package metadata: what is installed, and what each extra adds."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def package_version() -> str:
+    """Read ``__version__`` from the package without importing it: the one place that holds it."""
+    source = (ROOT / "megatron_flexsp" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', source, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('megatron_flexsp/__init__.py has no line __version__ = "..."')
+    return match.group(1)
+
+
+# Planning and simulating: no torch, so that a laptop or another framework can use them.
+BASE = ["click>=8.1,<9", "highspy>=1.7,<2", "numpy>=1.26,<3", "rich>=13,<16"]
+
+EXTRAS = {
+    "train": [
+        "megatron-core>=0.18.2,<0.20",
+        "torch>=2.6,<3",
+        # Two packages that Megatron imports and its wheel does not declare.
+        "psutil>=5.9,<8",  # saving a torch_dist checkpoint
+        "PyYAML>=6,<7",  # importing megatron.training, in 0.18
+    ],
+    "test": ["hypothesis>=6.100,<7", "mypy>=1.13,<3", "psutil>=5.9,<8", "pytest>=8,<10", "ruff>=0.9,<1"],
+}
+
+setup(
+    name="megatron-flexsp",
+    version=package_version(),
+    description="A context-parallel group for each sequence: Megatron-LM trains faster on long-tailed text.",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    # megatron-core 0.18.2 and 0.19.2 ask for 3.12 as well.
+    python_requires=">=3.12",
+    packages=find_packages(include=["megatron_flexsp", "megatron_flexsp.*"]),
+    install_requires=BASE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["flexsp = megatron_flexsp.cli:main"]},
+)

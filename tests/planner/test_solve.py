@@ -1,0 +1,160 @@
+"""What ``plan`` finds and what it refuses, on batches small enough to check by hand."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.planner import CostModel, MicroBatch, plan
+
+
+def test_one_sequence_that_fits_one_rank(simple_model):
+    found = plan([50], simple_model, domain_size=2)
+    assert found.micro_batches == (MicroBatch(0, 1, (0,)), MicroBatch(1, 1, ()))
+    assert found.predicted_seconds == 60
+
+
+def test_equal_sequences_go_one_to_a_rank_and_that_is_optimal(simple_model):
+    found = plan([50, 50, 50, 50], simple_model, domain_size=4)
+    assert sorted(item.first_rank for item in found.micro_batches) == [0, 1, 2, 3]
+    assert found.predicted_seconds == 60
+    assert found.status == "optimal"
+
+
+def test_a_long_sequence_gets_the_ranks_that_hold_it(simple_model):
+    found = plan([150, 20, 20], simple_model, domain_size=4, degrees=[1, 2])
+    assert found.micro_batches[0].degree == 2
+    assert found.micro_batches[0].sequences == (0,)
+    assert found.predicted_seconds == 10 + 150 * 1.5
+
+
+def test_a_wide_micro_batch_is_topped_up_rather_than_followed_by_another(simple_model):
+    # 100 s of overhead: a second micro-batch on any rank costs more than widening the short sequences.
+    model = replace(simple_model, micro_batch_overhead_seconds=100)
+    found = plan([150, 20, 20], model, domain_size=2)
+    assert found.micro_batches == (MicroBatch(0, 2, (0, 1, 2)),)
+
+
+def test_static_uses_the_narrowest_degree_that_holds_the_longest(simple_model):
+    found = plan([150, 60, 60], simple_model, domain_size=4, schedule="static")
+    assert {item.degree for item in found.micro_batches} == {2}
+    assert found.predicted_seconds == 10 + 150 * 1.5
+
+
+def test_static_fills_ranks_without_work(simple_model):
+    found = plan([10], simple_model, domain_size=4, schedule="static", static_degree=2)
+    assert found.micro_batches == (MicroBatch(0, 2, (0,)), MicroBatch(2, 1, ()), MicroBatch(3, 1, ()))
+
+
+def test_static_balances_packs_over_blocks(simple_model):
+    found = plan(
+        [90, 80, 70, 60, 50, 40, 30, 20], simple_model, domain_size=2, schedule="static", static_degree=1
+    )
+    # 440 tokens need five packs: 215 + 3 x 10 and 225 + 2 x 10 would be even, but the lengths are tens.
+    assert found.predicted_seconds == 250
+
+
+def test_counts_are_filled_up_to_a_multiple(simple_model):
+    found = plan([90, 90, 90], simple_model, domain_size=1, count_multiple=2)
+    assert [item.sequences for item in found.micro_batches].count(()) == 1
+    assert found.predicted_seconds == 3 * 90 + 4 * 10
+
+
+def test_capacity_given_directly_wins_over_the_memory_model(simple_model):
+    model = replace(simple_model, activation_bytes_per_token=0)
+    assert plan([150], model, domain_size=1, token_capacity=150).micro_batches[0].degree == 1
+    with pytest.raises(FlexSPError, match="--flexsp-max-tokens-per-rank"):
+        plan([150], model, domain_size=1)
+
+
+def test_the_whole_domain_is_a_block_of_any_size(simple_model):
+    model = replace(simple_model, exchange_bandwidth_bytes_per_second={3: 4.0})
+    found = plan([290], model, domain_size=3)
+    assert found.micro_batches == (MicroBatch(0, 3, (0,)),)
+
+
+@pytest.mark.parametrize("domain_size", [1, 2, 6, 12, 48])
+def test_all_but_one_overlong_with_no_room_to_spare(simple_model, domain_size):
+    model = replace(simple_model, exchange_bandwidth_bytes_per_second={2: 4.0, 4: 2.0, 8: 1.0, 32: 1.0})
+    widest = max(degree for degree in (1, 2, 4, 8, 32) if degree <= domain_size)
+    lengths = [100 * widest] * 7 + [1]
+    found = plan(lengths, model, domain_size)
+    found.validate(lengths, model.token_capacity)
+
+
+def test_first_plan_is_legal_and_no_better_than_a_searched_one(published_7b):
+    lengths = np.random.default_rng(5).lognormal(6, 1.5, 300).astype(int) + 1
+    first = plan(lengths, published_7b, 16, time_limit_seconds=0)
+    searched = plan(lengths, published_7b, 16)
+    first.validate(lengths, published_7b.token_capacity)
+    assert searched.predicted_seconds < first.predicted_seconds
+
+
+def test_the_same_batch_gives_the_same_plan(published_7b):
+    lengths = np.random.default_rng(6).lognormal(6, 1.5, 200).astype(int) + 1
+    digests = {plan(lengths, published_7b, 16).digest() for _ in range(2)}
+    assert len(digests) == 1
+
+
+def test_auto_means_nested(simple_model):
+    assert plan([5], simple_model, 1, schedule="auto").schedule == "nested"
+
+
+def test_nested_beats_static_on_a_long_tail(published_7b):
+    lengths = [45682, *np.random.default_rng(3).lognormal(6, 1.2, 511).astype(int) + 1]
+    nested = plan(lengths, published_7b, 64)
+    static = plan(lengths, published_7b, 64, schedule="static")
+    assert nested.predicted_seconds < static.predicted_seconds
+    assert nested.predicted_seconds < 1.3 * nested.lower_bound_seconds
+
+
+def test_many_sequences_are_planned_in_seconds(published_7b):
+    lengths = np.random.default_rng(4).lognormal(6, 1.3, 20_000).astype(int) + 1
+    started = time.process_time()
+    plan(lengths, published_7b, 64)
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lengths": []}, "expected one row of at least one sequence"),
+        ({"lengths": [[1]]}, "expected one row"),
+        ({"lengths": [1.5]}, "expected whole numbers of tokens"),
+        ({"lengths": [3, 0]}, "sequence 1 has 0 tokens"),
+        ({"domain_size": 0}, "domain_size is 0"),
+        ({"slice_multiple": 0}, "slice_multiple is 0"),
+        ({"count_multiple": 1.5}, "count_multiple is 1.5"),
+        ({"token_capacity": 0}, "token_capacity is 0"),
+        ({"token_capacity": 3, "slice_multiple": 4}, "--flexsp-max-tokens-per-rank"),
+        ({"time_limit_seconds": -1}, "time_limit_seconds is -1"),
+        ({"time_limit_seconds": float("nan")}, "time_limit_seconds is nan"),
+        ({"degrees": []}, "degrees is empty"),
+        ({"degrees": [3]}, "degree 3 does not exist in a domain of 4 ranks; it has 1, 2, 4"),
+        ({"degrees": [8]}, "degree 8 does not exist"),
+        ({"degrees": [8], "domain_size": 8}, "no exchange_bandwidth_bytes_per_second for degree 8"),
+        ({"schedule": "lockstep"}, "lockstep is not available yet"),
+        ({"schedule": "sideways"}, "schedule is 'sideways'; expected auto, nested or static"),
+        ({"static_degree": 2}, "static_degree 2 needs schedule static"),
+        ({"schedule": "static", "static_degree": 4, "domain_size": 6}, "divides the domain of 6 ranks"),
+        ({"schedule": "static", "static_degree": 3}, "degree 3 does not exist"),
+    ],
+)
+def test_rejects_bad_arguments(simple_model, arguments, message):
+    arguments = {"lengths": [5, 6], "domain_size": 4} | arguments
+    with pytest.raises(FlexSPError, match=message):
+        plan(cost_model=simple_model, **arguments)
+
+
+def test_rejects_a_sequence_that_no_group_holds(simple_model):
+    message = r"sequence 1 has 401 tokens, but the widest allowed group holds 400 \(4 ranks x 100 tokens\)"
+    with pytest.raises(FlexSPError, match=message):
+        plan([5, 401], simple_model, domain_size=8)
+
+
+def test_rejects_constants_that_overflow(simple_model):
+    model: CostModel = replace(simple_model, attention_seconds_per_token_squared=1e308)
+    with pytest.raises(FlexSPError, match="no finite time"):
+        plan([99], model, domain_size=1)
