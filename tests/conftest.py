@@ -72,6 +72,7 @@ def _torchrun(
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
         # Gloo otherwise looks up the host's own name, which not every container can resolve.
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
         **(env or {}),

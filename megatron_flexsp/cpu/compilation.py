@@ -1,4 +1,4 @@
-"""torch.compile does nothing: Megatron's fusions would be compiled for seconds, by a C++ compiler that may be missing."""
+"""torch.compile does nothing: Megatron's fusions would take seconds, and a C++ compiler that may be missing."""
 
 from collections.abc import Callable
 from typing import Any

@@ -12,7 +12,7 @@ _installed = False
 
 
 def install() -> None:
-    """Make CUDA mean the CPU, for this process and for good, so that Megatron runs unchanged on a machine without a GPU.
+    """Make CUDA mean the CPU, for this process and for good, so that Megatron runs unchanged without a GPU.
 
     Call it in the main thread, before anything imports Megatron, which takes names from PyTorch as it is imported.
     A second call does nothing.

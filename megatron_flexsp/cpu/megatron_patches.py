@@ -1,4 +1,4 @@
-"""What Megatron itself needs changed on a machine without a GPU, beyond PyTorch. The one module here that knows its names.
+"""What Megatron itself needs changed on a machine without a GPU. The one module of this room that knows its names.
 
 Import it only after PyTorch's names are replaced: it imports Megatron.
 """
@@ -39,7 +39,7 @@ _CPU_KERNELS = {
 @replaces(arguments)
 @functools.wraps(_parse_args)
 def parse_args(*positional: Any, **named: Any) -> Namespace:
-    """The command line of a GPU run, or Megatron's defaults, ask for CUDA kernels. Says on rank 0 what it chose instead."""
+    """Megatron's defaults, and GPU users, ask for CUDA kernels. Says on rank 0 which arguments it changed."""
     args = _parse_args(*positional, **named)
     chosen = {name: value for name, value in _CPU_KERNELS.items() if getattr(args, name, value) != value}
     vars(args).update(chosen)
@@ -78,15 +78,17 @@ def state_dict(self: Any) -> Any:
 @replaces(DistributedOptimizer)
 @functools.wraps(_load_state_dict)
 def load_state_dict(self: Any, state_dict: Any) -> None:
-    """Mends two things that show only with PyTorch's Adam or with fp32 parameters, and make a resumed run another one.
+    """Mends what shows only with PyTorch's Adam or with fp32 parameters, and keeps a resumed run from being exact.
 
-    The original writes into fp32 parameters with autograd on, which PyTorch refuses; and it hands one tensor to all
-    parameters as their step, so that Adam's next step would count once for each of them.
+    The original writes into fp32 parameters with autograd on, which PyTorch refuses. It gives all parameters one tensor
+    as their step, so that Adam's next step would count once for each; and in the default checkpoint format it
+    overwrites the number of steps with that of the optimizer before loading.
     """
     with torch.no_grad():
         _load_state_dict(self, state_dict)
+    step = state_dict["optimizer"]["param_groups"][0]["step"]
     for state in self.optimizer.state.values():
-        state["step"] = state["step"].clone()
+        state["step"] = torch.tensor(float(step))
 
 
 @replaces(torch_norm.WrappedTorchNorm)

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_flexsp.cpu.replace import replaces
+
 _CPU = torch.device("cpu")
+_run_backward = torch.autograd._engine_run_backward
 
 
 def _names_cuda(device: object) -> bool:
@@ -52,16 +55,11 @@ def _pin_memory(tensor: torch.Tensor, *args: Any) -> torch.Tensor:
     return tensor
 
 
-def _record_stream(tensor: torch.Tensor, stream: object) -> None:
-    """`Tensor.record_stream`: tells CUDA's allocator what needn't be told to the CPU's."""
-
-
 _METHODS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.to: _to,
     torch.Tensor.cuda: _cuda,
     torch.Tensor.type: _type,
     torch.Tensor.pin_memory: _pin_memory,
-    torch.Tensor.record_stream: _record_stream,
 }
 
 
@@ -77,3 +75,13 @@ class CudaMeansCpu(TorchFunctionMode):
             kwargs.pop("pin_memory", None)
             return _METHODS.get(func, func)(*args, **kwargs)
         return _METHODS.get(func, func)(*args)
+
+
+@replaces(torch.autograd)
+def _engine_run_backward(*args: Any, **kwargs: Any) -> Any:
+    """`Tensor.backward` and its like pass through the mode, which is off inside of a call that it handles.
+
+    But a backward pass runs code of Megatron's: recomputation, and the backward methods of its own functions.
+    """
+    with CudaMeansCpu():
+        return _run_backward(*args, **kwargs)

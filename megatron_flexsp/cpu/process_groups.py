@@ -11,6 +11,7 @@ _init_process_group = distributed_c10d.init_process_group
 _new_group = distributed_c10d.new_group
 _barrier = distributed_c10d.barrier
 _all_reduce = distributed_c10d.all_reduce
+_all_to_all_single = distributed_c10d.all_to_all_single
 
 
 @replaces(torch.distributed)
@@ -36,12 +37,31 @@ def barrier(group: Any = None, async_op: bool = False, device_ids: Any = None) -
 
 
 @replaces(torch.distributed)
-def all_reduce(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+def all_reduce(
+    tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM, group: Any = None, async_op: bool = False
+) -> Any:
     """gloo can't average; Megatron averages auxiliary losses."""
     if op != torch.distributed.ReduceOp.AVG:
         return _all_reduce(tensor, op, group, async_op)
     tensor /= torch.distributed.get_world_size(group)
     return _all_reduce(tensor, torch.distributed.ReduceOp.SUM, group, async_op)
+
+
+@replaces(torch.distributed)
+def all_to_all_single(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Any = None,
+    input_split_sizes: Any = None,
+    group: Any = None,
+    async_op: bool = False,
+) -> Any:
+    """Sizes come as a tensor from Megatron's mixture of experts, which makes a list only of what is on a GPU."""
+    output_split_sizes, input_split_sizes = (
+        sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+        for sizes in (output_split_sizes, input_split_sizes)
+    )
+    return _all_to_all_single(output, input, output_split_sizes, input_split_sizes, group, async_op)
 
 
 def _on_cpu(backend: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""CUDA streams and events where every operation has ended by the time its call returns: there is nothing to wait for."""
+"""CUDA streams and events where every operation has ended when its call returns: there is nothing to wait for."""
 
 import contextlib
 import time
@@ -93,3 +93,8 @@ def set_stream(stream: Any) -> None:
 def is_current_stream_capturing() -> bool:
     """CUDA graphs are not imitated."""
     return False
+
+
+@replaces(torch.Tensor)
+def record_stream(self: torch.Tensor, stream: Any) -> None:
+    """Tells CUDA's allocator what the CPU's needn't know. The original refuses a stream that isn't PyTorch's own."""

@@ -130,7 +130,7 @@ def build_context(args: argparse.Namespace, settings: Settings) -> Context:
         blocks=[
             (first_rank, degree)
             for degree in sorted({1, *settings.degrees})
-            for first_rank in first_ranks(settings.domain_size, degree)
+            for first_rank in first_ranks(degree, settings.domain_size)
         ],
         create=lambda ranks: parallel_state.create_group(ranks, timeout=timeout, group_desc="FLEXSP_BLOCK"),
         domain_group=domain_group,

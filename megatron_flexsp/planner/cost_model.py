@@ -120,8 +120,7 @@ class CostModel:
             data["note"] = self.note
         data |= {key: getattr(self, key) for key in _NUMBER_KEYS}
         data |= {
-            key: {str(degree): value for degree, value in sorted(getattr(self, key).items())}
-            for key in _TABLE_KEYS
+            key: {str(degree): value for degree, value in sorted(getattr(self, key).items())} for key in _TABLE_KEYS
         }
         if self.measurement:
             data["measurement"] = dict(self.measurement)
@@ -148,9 +147,7 @@ class CostModel:
                 f"activation bytes; {way_out}"
             )
         if math.isinf(tokens_per_rank):
-            raise FlexSPError(
-                f"activation_bytes_per_token {self.activation_bytes_per_token} is too small; {way_out}"
-            )
+            raise FlexSPError(f"activation_bytes_per_token {self.activation_bytes_per_token} is too small; {way_out}")
         return int(tokens_per_rank)
 
     def sequence_seconds(self, lengths: ArrayLike, degree: int) -> NDArray[np.float64]:
@@ -206,9 +203,7 @@ class CostModel:
 
 
 _TABLE_KEYS = ("exchange_bandwidth_bytes_per_second", "exchange_latency_seconds")
-_NUMBER_KEYS = tuple(
-    item.name for item in fields(CostModel) if item.name not in (*_TABLE_KEYS, "note", "measurement")
-)
+_NUMBER_KEYS = tuple(item.name for item in fields(CostModel) if item.name not in (*_TABLE_KEYS, "note", "measurement"))
 
 
 def _check_number(key: str, value: object) -> None:

@@ -36,13 +36,9 @@ def check_every_sequence_once(plan: "Plan", num_sequences: int) -> None:
     for index, item in enumerate(plan.micro_batches):
         for position in item.sequences:
             if not 0 <= position < num_sequences:
-                raise PlanError(
-                    f"micro-batch {index} holds sequence {position}; the global batch has {num_sequences}"
-                )
+                raise PlanError(f"micro-batch {index} holds sequence {position}; the global batch has {num_sequences}")
             if position in seen:
-                raise PlanError(
-                    f"sequence {position} stands in more than one place (again in micro-batch {index})"
-                )
+                raise PlanError(f"sequence {position} stands in more than one place (again in micro-batch {index})")
             seen.add(position)
     if len(seen) < num_sequences:
         missing = next(position for position in range(num_sequences) if position not in seen)
@@ -79,8 +75,7 @@ def _check_nested(plan: "Plan") -> None:
         before, after = plan.micro_batches[index - 1].degree, plan.micro_batches[index].degree
         if after > before:
             raise PlanError(
-                f"micro-batch {index} of a nested plan has degree {after} after {before}; "
-                "degrees never increase"
+                f"micro-batch {index} of a nested plan has degree {after} after {before}; degrees never increase"
             )
 
 
@@ -101,9 +96,7 @@ def check_counts(plan: "Plan", count_multiple: int) -> None:
         if count == 0:
             raise PlanError(f"rank {rank} runs no micro-batch; every rank runs at least one")
         if count % count_multiple:
-            raise PlanError(
-                f"rank {rank} runs {count} micro-batches; expected a multiple of {count_multiple}"
-            )
+            raise PlanError(f"rank {rank} runs {count} micro-batches; expected a multiple of {count_multiple}")
 
 
 def slice_tokens(total_tokens: int, degree: int, slice_multiple: int) -> int:
@@ -128,16 +121,12 @@ def rounds(plan: "Plan") -> list[tuple["MicroBatch", ...]]:
     busy: set[int] = set()
     for index, item in enumerate(plan.micro_batches):
         if not busy.isdisjoint(item.ranks):
-            raise PlanError(
-                f"micro-batch {index} meets ranks that are already busy in lockstep round {len(finished)}"
-            )
+            raise PlanError(f"micro-batch {index} meets ranks that are already busy in lockstep round {len(finished)}")
         current.append(item)
         busy.update(item.ranks)
         if len(busy) == plan.domain_size:
             finished.append(tuple(current))
             current, busy = [], set()
     if current:
-        raise PlanError(
-            f"lockstep round {len(finished)} leaves {plan.domain_size - len(busy)} ranks without work"
-        )
+        raise PlanError(f"lockstep round {len(finished)} leaves {plan.domain_size - len(busy)} ranks without work")
     return finished

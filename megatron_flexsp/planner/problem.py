@@ -130,9 +130,7 @@ def _checked_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
     return tokens.astype(np.int64)
 
 
-def _checked_degrees(
-    degrees: Iterable[int] | None, cost_model: CostModel, domain_size: int
-) -> tuple[int, ...]:
+def _checked_degrees(degrees: Iterable[int] | None, cost_model: CostModel, domain_size: int) -> tuple[int, ...]:
     """The degrees that may be used: those asked for, or all legal ones that the cost model prices."""
     if degrees is None:
         priced = {1, *cost_model.exchange_bandwidth_bytes_per_second}

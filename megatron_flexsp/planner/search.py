@@ -17,7 +17,7 @@ _FIXED_RULES = tuple(
 _BISECTIONS = 7
 _LEAST_GAIN = 2e-3
 
-# A pass places every sequence once, about 2 microseconds each; these bound what a search costs by default.
+# A pass places every sequence once, at a few microseconds each; these bound what a search costs by default.
 _PLACEMENTS = 40_000
 _FEWEST_PASSES, _MOST_PASSES = 5, 64
 
@@ -41,9 +41,7 @@ def search(problem: Problem, bound_seconds: float, deadline: float) -> tuple[Mic
     """
     state = _Search(problem, bound_seconds, deadline)
     for index, rules in enumerate(_FIXED_RULES):
-        if index == 0 or (
-            not state.is_over and state.improves((1 - _LEAST_GAIN) * state.best.seconds, rules)
-        ):
+        if index == 0 or (not state.is_over and state.improves((1 - _LEAST_GAIN) * state.best.seconds, rules)):
             _bisect(state, rules)
     _try_random_rules(state)
     return state.best.micro_batches

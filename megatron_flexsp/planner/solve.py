@@ -44,7 +44,8 @@ def plan(
     degrees
         The degrees that may be used; by default all legal ones for which the cost model has a bandwidth.
     static_degree
-        The one degree of a static plan; by default the narrowest allowed one that holds the longest sequence.
+        The one degree of a static plan, whatever ``degrees`` says; by default the narrowest allowed one that
+        divides the domain and holds the longest sequence.
     token_capacity
         Tokens that a rank can hold in one micro-batch; by default what the cost model's memory constants say.
     slice_multiple
@@ -112,8 +113,7 @@ def _checked_schedule(schedule: str, static_degree: int | None) -> str:
     """The schedule that plans will name."""
     if schedule == "lockstep":
         raise FlexSPError(
-            "schedule lockstep is not available yet: it comes with the optimising planner; "
-            "use nested or static"
+            "schedule lockstep is not available yet: it comes with the optimising planner; use nested or static"
         )
     if schedule not in ("auto", "nested", "static"):
         raise FlexSPError(f"schedule is {schedule!r}; expected auto, nested or static")

@@ -61,9 +61,7 @@ def balance(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -> float:
         return 1.0
     seconds = micro_batch_seconds(plan, lengths, cost_model).tolist()
     busy = sum(
-        item.degree * duration
-        for item, duration in zip(plan.micro_batches, seconds, strict=True)
-        if not item.is_filler
+        item.degree * duration for item, duration in zip(plan.micro_batches, seconds, strict=True) if not item.is_filler
     )
     return float(busy / (plan.domain_size * step))
 

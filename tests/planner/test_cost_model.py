@@ -105,9 +105,7 @@ def test_rejects_a_json_list():
 
 
 def test_rejects_a_degree_without_bandwidth(simple_model):
-    with pytest.raises(
-        FlexSPError, match=r"no exchange_bandwidth_bytes_per_second for degree 8 \(it has 2, 4\)"
-    ):
+    with pytest.raises(FlexSPError, match=r"no exchange_bandwidth_bytes_per_second for degree 8 \(it has 2, 4\)"):
         simple_model.sequence_seconds(1, 8)
 
 

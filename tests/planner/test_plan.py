@@ -40,10 +40,7 @@ def test_json_is_the_documented_one():
 
 
 def test_digest_is_that_of_what_is_executed():
-    assert (
-        replace(NESTED, predicted_seconds=1.0, solve_seconds=9.0, status="optimal").digest()
-        == NESTED.digest()
-    )
+    assert replace(NESTED, predicted_seconds=1.0, solve_seconds=9.0, status="optimal").digest() == NESTED.digest()
     assert replace(NESTED, schedule="static").digest() != NESTED.digest()
     assert replace(NESTED, domain_size=4).digest() != NESTED.digest()
     assert make_plan((0, 2, (0,)), (1, 1, (1,)), (0, 1, (2, 3))).digest() != NESTED.digest()

@@ -49,9 +49,7 @@ def test_static_fills_ranks_without_work(simple_model):
 
 
 def test_static_balances_packs_over_blocks(simple_model):
-    found = plan(
-        [90, 80, 70, 60, 50, 40, 30, 20], simple_model, domain_size=2, schedule="static", static_degree=1
-    )
+    found = plan([90, 80, 70, 60, 50, 40, 30, 20], simple_model, domain_size=2, schedule="static", static_degree=1)
     # 440 tokens need five packs: 215 + 3 x 10 and 225 + 2 x 10 would be even, but the lengths are tens.
     assert found.predicted_seconds == 250
 

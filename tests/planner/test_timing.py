@@ -1,4 +1,4 @@
-"""Hand-checked step times, balance and padding. In the simple model a token takes 1 rank 1 s, 2 ranks 1.5 s."""
+"""Hand-checked step times, balance and padding. In the simple model a token takes 2 ranks 1.5 s, 1 rank 1 s."""
 
 import pytest
 

@@ -1,0 +1,38 @@
+"""A training script for tests: scripts/pretrain_gpt.py with prescribed plans, gradients saved, nothing else.
+
+FLEXSP_TEST_PLAN names the micro-batches, such as ``[0123] [01] [2] [3]``; sequences are dealt to them in turn.
+"""
+
+import itertools
+import os
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+from megatron_flexsp.planner import MicroBatch, Plan
+
+
+def prescribed_plan(lengths: np.ndarray, _cost_model: object, domain_size: int, *, schedule: str, **_: object) -> Plan:
+    blocks = [[int(rank) for rank in word.strip("[]")] for word in os.environ["FLEXSP_TEST_PLAN"].split()]
+    sequences: list[list[int]] = [[] for _ in blocks]
+    for position, target in zip(range(len(lengths)), itertools.cycle(sequences), strict=False):
+        target.append(position)
+    micro_batches = tuple(
+        MicroBatch(block[0], len(block), tuple(held)) for block, held in zip(blocks, sequences, strict=True)
+    )
+    return Plan(domain_size, schedule, micro_batches, 1.0, 1.0, 0.0, "heuristic")
+
+
+if "FLEXSP_TEST_PLAN" in os.environ:
+    from megatron_flexsp.megatron import context
+
+    context.plan = prescribed_plan
+
+if "FLEXSP_TEST_NO_CHECKPOINT" in os.environ:
+    # --save is where Megatron's own --save-wgrads-interval writes gradients; a checkpoint is not wanted.
+    from megatron.training import training
+
+    training.save_checkpoint_and_time = lambda *args, **kwargs: None
+
+runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "pretrain_gpt.py"), run_name="__main__")

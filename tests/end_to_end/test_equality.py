@@ -1,0 +1,93 @@
+"""For any plan, loss and gradients equal those of the same sequences run one by one, unpacked.
+
+The law that guards every change to the runtime. The reference has the run's own tensor- and
+pipeline-parallel layout, since initial weights depend on it, and one data-parallel rank.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from .conftest import LLAMA, Run
+
+GQA = (*LLAMA, "--group-query-attention", "--num-query-groups", "2")
+LEARNED = ("--position-embedding-type", "learned_absolute")
+
+OVERLAPS = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
+TENSOR = ("--tensor-model-parallel-size", "2")
+PIPELINE = ("--pipeline-model-parallel-size", "2")
+INTERLEAVED = (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", "1")
+
+NESTED = "[0123] [01] [2] [3] [0] [1] [3]"
+UNEQUAL = "[0123] [01] [23] [0] [1] [2] [3] [2] [2] [3]"
+STATIC = "[01] [23] [01] [23] [23]"
+EACH_ALONE = "[0] [1] [2] [3] [3]"
+NESTED_2 = "[01] [0] [1] [1]"
+
+
+def assert_equal(run: Run, reference: Run) -> None:
+    tolerance = 1e-5
+    assert run.losses.keys() == reference.losses.keys() == {1, 2, 3, 4, 5}
+    for step, loss in reference.losses.items():
+        assert run.losses[step] == pytest.approx(loss, rel=tolerance), f"loss of step {step}"
+    gradients, expected = run.gradients, reference.gradients
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        difference = (gradients[name] - gradient).abs().max().item()
+        assert difference <= tolerance * gradient.abs().max().item(), f"gradient of {name}"
+
+
+@pytest.mark.parametrize("plan", [NESTED, UNEQUAL, STATIC, EACH_ALONE])
+def test_any_plan_equals_the_unpacked_run(plan: str, train: Callable, reference: Callable) -> None:
+    schedule = "static" if plan == STATIC else "nested"
+    run = train(4, *GQA, "--flexsp-schedule", schedule, plan=plan, gradients=True)
+    assert_equal(run, reference(1, *GQA))
+
+
+def test_distributed_optimizer_with_both_overlaps(train: Callable, reference: Callable) -> None:
+    run = train(4, *GQA, *OVERLAPS, plan=UNEQUAL, gradients=True)
+    assert_equal(run, reference(1, *GQA))
+
+
+def test_full_recompute(train: Callable, reference: Callable) -> None:
+    recompute = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+    run = train(4, *GQA, *recompute, plan=UNEQUAL, gradients=True)
+    assert_equal(run, reference(1, *GQA))
+
+
+def test_selective_recompute_and_learned_positions(train: Callable, reference: Callable) -> None:
+    run = train(4, *LEARNED, "--recompute-granularity", "selective", plan=NESTED, gradients=True)
+    assert_equal(run, reference(1, *LEARNED))
+
+
+def test_tensor_parallel(train: Callable, reference: Callable) -> None:
+    run = train(4, *GQA, *TENSOR, plan=NESTED_2, gradients=True)
+    assert_equal(run, reference(2, *GQA, *TENSOR))
+
+
+def test_sequence_parallel(train: Callable, reference: Callable) -> None:
+    run = train(4, *GQA, *TENSOR, "--sequence-parallel", plan=NESTED_2, gradients=True)
+    # The layers' weights and gradients are those of tensor parallelism alone.
+    assert_equal(run, reference(2, *GQA, *TENSOR))
+
+
+def test_pipeline(train: Callable, reference: Callable) -> None:
+    run = train(4, *GQA, *PIPELINE, plan=NESTED_2, gradients=True)
+    assert_equal(run, reference(2, *GQA, *PIPELINE))
+
+
+def test_interleaved_pipeline(train: Callable, reference: Callable) -> None:
+    run = train(4, *GQA, *INTERLEAVED, *OVERLAPS, plan="[01] [01] [0] [1] [0] [1] [1] [1]", gradients=True)
+    assert_equal(run, reference(2, *GQA, *INTERLEAVED))
+
+
+def test_fewer_key_value_heads_than_ranks(train: Callable, reference: Callable) -> None:
+    one_head = (*LLAMA, "--group-query-attention", "--num-query-groups", "1")
+    run = train(4, *one_head, plan="[0123] [01] [23]", gradients=True)
+    assert_equal(run, reference(1, *one_head))
+
+
+def test_bf16(train: Callable, reference: Callable) -> None:
+    run = train(4, *GQA, "--bf16", plan=UNEQUAL)
+    for step, loss in reference(1, *GQA, "--bf16").losses.items():
+        assert run.losses[step] == pytest.approx(loss, rel=1e-2)

@@ -1,0 +1,65 @@
+"""The reference: the same sequences one by one, unpacked, through Megatron's stock attention and rotary embedding.
+
+Uses nothing of megatron_flexsp but the stand-in for CUDA and the sample order; no seam is in place.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from megatron_flexsp import cpu
+
+cpu.install()
+
+import torch  # noqa: E402
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
+from megatron.training import arguments, get_args, training  # noqa: E402
+from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
+
+from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig  # noqa: E402
+
+path = Path(__file__).parents[2] / "scripts" / "pretrain_gpt.py"
+spec = importlib.util.spec_from_file_location("pretrain_gpt", path)
+assert spec is not None and spec.loader is not None
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+def one_by_one(dataset: DocumentDataset) -> Any:
+    for sample in range(len(dataset)):
+        text = torch.from_numpy(dataset[sample]["text"].astype("int64"))
+        yield {
+            "tokens": text[None, :-1],
+            "labels": text[None, 1:],
+            "loss_mask": torch.ones(1, len(text) - 1),
+            "position_ids": torch.arange(len(text) - 1)[None],
+        }
+
+
+def provider(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> Any:
+    args = get_args()
+    blend, _ = get_blend_and_blend_per_split(args)
+    config = DocumentDatasetConfig(
+        random_seed=args.seed, sequence_length=args.seq_length, blend=blend, split=args.split
+    )
+    train, _, _ = BlendedMegatronDatasetBuilder(DocumentDataset, list(num_samples), lambda: True, config).build()
+    return one_by_one(train), None, None
+
+
+provider.is_distributed = True  # type: ignore[attr-defined]
+script.train_valid_test_datasets_provider = provider
+training.save_checkpoint_and_time = lambda *args, **kwargs: None
+
+validate_args = arguments.validate_args
+
+
+def validate(args: Any, defaults: Any) -> Any:
+    validate_args(args, defaults)
+    args.variable_seq_lengths = True
+    args.moe_token_dispatcher_type = "alltoall"
+    args.dataloader_type = "external"
+    return args
+
+
+arguments.validate_args = validate
+script.main()
