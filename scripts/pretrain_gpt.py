@@ -21,7 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_batch_on_this_cp_rank
-from megatron.training import get_args, get_timers, pretrain, print_rank_0
+from megatron.training import get_args, get_timers, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -30,15 +30,10 @@ Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def model_provider(
-    pre_process: bool = True,
-    post_process: bool = True,
-    vp_stage: int | None = None,
-    config: Any = None,
-    pg_collection: Any = None,
+    pre_process: bool = True, post_process: bool = True, config: Any = None, vp_stage: int | None = None, **groups: Any
 ) -> GPTModel:
     """Build this pipeline stage's part of the model from Megatron's arguments."""
     args = get_args()
-    print_rank_0("building GPT model ...")
     config = config or core_transformer_config_from_args(args)
     layers = get_gpt_decoder_block_spec(
         config,
@@ -61,8 +56,12 @@ def model_provider(
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
         vp_stage=vp_stage,
-        pg_collection=pg_collection,
+        **groups,
     )
+
+
+def _not_finite(loss: torch.Tensor) -> torch.Tensor:
+    return ~torch.isfinite(loss)
 
 
 def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor, model: GPTModel | None = None) -> Loss:
@@ -71,14 +70,13 @@ def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor, model: GPTMo
     loss = torch.sum(output_tensor.view(-1).float() * mask)
     num_tokens = mask.sum().detach().to(torch.int)
     if get_args().check_for_nan_in_loss_and_grad:
-        for name, rejected in (("NaN", torch.isnan), ("Inf", torch.isinf)):
-            get_rerun_state_machine().validate_result(
-                result=loss,
-                rejection_func=rejected,
-                message=f"found {name} in local forward loss calculation",
-                tolerance=0.0,
-                fatal=True,
-            )
+        get_rerun_state_machine().validate_result(
+            loss,
+            rejection_func=_not_finite,
+            message="found NaN or Inf in local forward loss",
+            tolerance=0.0,
+            fatal=True,
+        )
     return loss, num_tokens, {"lm loss": torch.cat([loss.detach().clone().view(1), num_tokens.view(1)])}
 
 
@@ -98,14 +96,9 @@ def forward_step(data_iterator: Any, model: GPTModel) -> tuple[torch.Tensor, Cal
     timers("batch-generator", log_level=2).start()
     batch = get_batch(data_iterator)
     timers("batch-generator").stop()
-    loss_mask = batch.get("loss_mask")
-    output = model(
-        batch.get("tokens"),
-        batch.get("position_ids"),
-        batch.get("attention_mask"),
-        labels=batch.get("labels"),
-        loss_mask=loss_mask,
-    )
+    inputs = [batch.get(name) for name in ("tokens", "position_ids", "attention_mask")]
+    loss_mask: Any = batch.get("loss_mask")
+    output = model(*inputs, labels=batch.get("labels"), loss_mask=loss_mask)
     return output, partial(loss_func, loss_mask, model=model)
 
 

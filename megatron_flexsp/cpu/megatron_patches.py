@@ -64,14 +64,11 @@ def state_dict(self: Any) -> Any:
     Adam's state before its first step is zeros.
     """
     adam = self.optimizer
-    for group in adam.param_groups:
-        for parameter in group["params"]:
+    if isinstance(adam, torch.optim.Adam):
+        for parameter in (parameter for group in adam.param_groups for parameter in group["params"]):
             if not adam.state[parameter]:
-                adam.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+                moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                adam.state[parameter] = {"step": torch.tensor(0.0), **moments}
     return _state_dict(self)
 
 
@@ -86,9 +83,10 @@ def load_state_dict(self: Any, state_dict: Any) -> None:
     """
     with torch.no_grad():
         _load_state_dict(self, state_dict)
-    step = state_dict["optimizer"]["param_groups"][0]["step"]
-    for state in self.optimizer.state.values():
-        state["step"] = torch.tensor(float(step))
+    if isinstance(self.optimizer, torch.optim.Adam):
+        step = state_dict["optimizer"]["param_groups"][0]["step"]
+        for state in self.optimizer.state.values():
+            state["step"] = torch.tensor(float(step))
 
 
 @replaces(torch_norm.WrappedTorchNorm)

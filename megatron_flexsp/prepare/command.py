@@ -14,12 +14,8 @@ from megatron_flexsp.prepare.sources import JsonLines, Source, StandardLibrary
 
 
 @click.command()
-@click.option(
-    "--stdlib", "kind", flag_value="stdlib", help="Take the source files of Python's standard library."
-)
-@click.option(
-    "--jsonl", "kind", flag_value="jsonl", help="Take FILES, which hold a JSON object on each line."
-)
+@click.option("--stdlib", "kind", flag_value="stdlib", help="Take the source files of Python's standard library.")
+@click.option("--jsonl", "kind", flag_value="jsonl", help="Take FILES, which hold a JSON object on each line.")
 @click.option("--json-key", default="text", show_default=True, help="The key that holds a document's text.")
 @click.option(
     "--output-prefix",
@@ -76,14 +72,10 @@ def _print_summary(summary: DatasetSummary, output_prefix: Path) -> None:
     console.print(f"{summary.documents:,} documents, {summary.tokens:,} tokens, ", end="")
     console.print(f"{summary.skipped_documents:,} empty documents left out")
     median, ninetieth, ninety_ninth, longest = (f"{length:,}" for length in percentiles)
-    console.print(
-        f"tokens a document: median {median}, 90 % {ninetieth}, 99 % {ninety_ninth}, longest {longest}"
-    )
+    console.print(f"tokens a document: median {median}, 90 % {ninetieth}, 99 % {ninety_ninth}, longest {longest}")
     console.print(_length_table(summary))
     console.print("for Megatron: ", end="")
-    console.print(
-        shlex.join(["--data-path", str(output_prefix), *MEGATRON_TOKENIZER_ARGUMENTS]), markup=False
-    )
+    console.print(shlex.join(["--data-path", str(output_prefix), *MEGATRON_TOKENIZER_ARGUMENTS]), markup=False)
 
 
 def _length_table(summary: DatasetSummary) -> Table:
@@ -96,9 +88,7 @@ def _length_table(summary: DatasetSummary) -> Table:
     while True:
         within = lengths[lengths <= bound]
         tokens_share = within.sum(dtype=np.int64) / summary.tokens
-        table.add_row(
-            f"{bound:,}", f"{len(within):,}", f"{len(within) / summary.documents:.1%}", f"{tokens_share:.1%}"
-        )
+        table.add_row(f"{bound:,}", f"{len(within):,}", f"{len(within) / summary.documents:.1%}", f"{tokens_share:.1%}")
         if len(within) == summary.documents:
             return table
         bound *= 2

@@ -72,9 +72,7 @@ class JsonLines:
             raise FlexSPError(f"{place}: expected a JSON object, found {_json_type(value)}")
         if self.key not in value:
             found = ", ".join(map(repr, value)) or "no keys"
-            raise FlexSPError(
-                f"{place}: no key {self.key!r} (found {found}); --json-key names the text's key"
-            )
+            raise FlexSPError(f"{place}: no key {self.key!r} (found {found}); --json-key names the text's key")
         text = value[self.key]
         if not isinstance(text, str):
             raise FlexSPError(f"{place}: {self.key!r} must be a string, found {_json_type(text)}")

@@ -36,7 +36,7 @@ def train(torchrun: Callable[..., object]) -> Train:
             _ROOT / "scripts" / "pretrain_gpt.py",
             *f"{_SMALL_LLAMA} {arguments}".split(),
         ]
-        done = torchrun(nproc, *map(str, command), env={"PYTHONPATH": str(_ROOT)})
+        done = torchrun(nproc, *map(str, command), timeout_seconds=400, env={"PYTHONPATH": str(_ROOT)})
         logged = re.findall(r"iteration +(\d+)/.*lm loss: (\S+)", done.stdout)  # type: ignore[attr-defined]
         return {int(iteration): float(loss) for iteration, loss in logged}
 

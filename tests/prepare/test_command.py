@@ -32,9 +32,7 @@ def test_prepares_json_lines_and_prints_the_lengths(tmp_path: Path) -> None:
     assert f"--data-path '{prefix}' --tokenizer-type NullTokenizer --vocab-size 257" in done.stdout
 
 
-def test_a_bad_line_is_one_line_on_stderr_and_exit_code_two(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_line_is_one_line_on_stderr_and_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     part = tmp_path / "part.jsonl"
     part.write_text('{"text": "a"}\n{"text": 7}\n', encoding="utf-8")
     with pytest.raises(SystemExit) as left:

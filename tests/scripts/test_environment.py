@@ -107,9 +107,7 @@ def test_a_half_made_environment_is_made_again(repository: Path, tmp_path: Path)
 
 def test_an_environment_with_an_older_python_is_refused_and_kept(repository: Path) -> None:
     python = repository / ".venv" / "bin" / "python"
-    write_script(
-        python, 'case "$*" in --version) echo Python 3.10.9;; *version_info*) exit 1;; *) exit 0;; esac'
-    )
+    write_script(python, 'case "$*" in --version) echo Python 3.10.9;; *version_info*) exit 1;; *) exit 0;; esac')
     done = call(repository, "flexsp_environment", "train")
     assert done.returncode != 0
     assert ".venv has Python 3.10.9, and 3.12 or newer is needed" in done.stderr

@@ -10,9 +10,7 @@ import pytest
 
 def test_every_rank_runs(torchrun: Callable, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
-    script.write_text(
-        'import os, sys; print(f"rank {os.environ["RANK"]} of", sys.argv[1], os.environ["EXTRA"])'
-    )
+    script.write_text('import os, sys; print(f"rank {os.environ["RANK"]} of", sys.argv[1], os.environ["EXTRA"])')
     done = torchrun(2, str(script), "two", env={"EXTRA": "x"})
     assert sorted(done.stdout.split("\n")) == ["", "rank 0 of two x", "rank 1 of two x"]
 
