@@ -26,9 +26,8 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "prepare": Subcommand(
-        "megatron_flexsp.prepare.command", "prepare", "Make a Megatron data set from text."
-    ),
+    "plan": Subcommand("megatron_flexsp.planner.command", "plan_command", "Plan batches of given lengths."),
+    "prepare": Subcommand("megatron_flexsp.prepare.command", "prepare", "Make a Megatron data set from text."),
 }
 
 

@@ -9,7 +9,7 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner.blocks import is_aligned_block, legal_degrees
 
 if TYPE_CHECKING:
-    from megatron_flexsp.planner.plan import MicroBatch, Plan
+    from megatron_flexsp.planner.plans import MicroBatch, Plan
 
 SCHEDULES = ("nested", "lockstep", "static")
 

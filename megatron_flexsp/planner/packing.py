@@ -9,13 +9,20 @@ sequences, which spares its ranks a further micro-batch's overhead.
 
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import neg
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_flexsp.planner.blocks import first_ranks
-from megatron_flexsp.planner.plan import MicroBatch
-from megatron_flexsp.planner.problem import Problem
+from megatron_flexsp.planner.filling import fill
+from megatron_flexsp.planner.plans import MicroBatch
+from megatron_flexsp.planner.problem import Problem, topping_up_pays
+
+_MANY_BLOCKS = 128
+_WINDOW = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +32,24 @@ class Rules:
     top_up_below_overheads: float = 1.25
     """Top a wide micro-batch up if its ranks have less time left than so many micro-batch overheads."""
 
-    open_on_fullest: bool = False
-    """Open a micro-batch on the block with the most seconds that still fits the target, not the fewest."""
+    open_on: str = "emptiest"
+    """The block that a micro-batch opens on: the ``emptiest``, the ``fullest`` that still meets the target, or
+    the best ``aligned``, where the time that is left suits a whole number of full narrow packs best."""
+
+    reserve_share: float = 0.0
+    """When a wide micro-batch is opened, count so much of its room as filled already: topping up will fill it."""
+
+    top_up_at_any_price: bool = True
+    """Top up also where a token's exchange costs more than its share of a further narrow micro-batch."""
+
+    top_up_to_alignment: bool = False
+    """Top up only until the time that is left would hold a full narrow pack less."""
+
+    full_share: float = 0.0
+    """How full the narrowest packs are expected to get; 0 places sequences on them as on all others."""
+
+    even_count: int = 4
+    """With a pipeline: plan for ranks that run so many micro-batches, none longer than if all were equal."""
 
     least_degrees: Mapping[int, int] = field(default_factory=dict)
     """Degrees below which single sequences must not go."""
@@ -59,29 +82,65 @@ def pack(problem: Problem, target_seconds: float, rules: Rules) -> Packing | Non
     -------
     The packing, or None where the greedy pass found no way to meet the target.
     """
+    most_seconds = math.inf
+    if problem.pipeline_stages > 1 and target_seconds < math.inf:
+        most_seconds = target_seconds / (rules.even_count + problem.pipeline_stages - 1)
+        target_seconds = rules.even_count * most_seconds
     rank_seconds = [0.0] * problem.domain_size
     rank_counts = [0] * problem.domain_size
     waiting = list(range(len(problem.tokens) - 1, -1, -1))
-    admitted = {degree: _admitted(problem, degree, target_seconds) for degree in problem.degrees}
-    micro_batches: list[MicroBatch] = []
+    admitted = {degree: _admitted(problem, degree, target_seconds, most_seconds) for degree in problem.degrees}
+    levels: list[_Level] = []
     for index in range(len(problem.degrees) - 1, -1, -1):
         fit_narrower = max((admitted[degree] for degree in problem.degrees[:index]), default=0)
-        level = _Level(problem, problem.degrees[index], target_seconds, rank_seconds, rank_counts)
+        level = _Level(problem, problem.degrees[index], target_seconds, most_seconds, rank_seconds, rank_counts)
+        levels.append(level)
+        if index == 0:
+            if level.is_hopeless(waiting):
+                return None
+            if rules.full_share and target_seconds < math.inf and most_seconds == math.inf:
+                if not level.fill(waiting, rules.full_share):
+                    return None
+                level.write_back(rank_seconds, rank_counts)
+                break
         must, may = _split(waiting, fit_narrower, level.degree, rules.least_degrees)
         if not all(level.add(sequence) or level.open(sequence, rules) for sequence in must):
             return None
         level.close_blocks_with_time_for(rules.top_up_below_overheads * problem.overhead_seconds)
-        waiting = level.top_up(may)
+        level.aligned_top_up = rules.top_up_to_alignment
+        waiting = level.top_up(may) if rules.top_up_at_any_price or topping_up_pays(problem, level.degree) else may
         level.write_back(rank_seconds, rank_counts)
-        micro_batches += level.micro_batches()
+    micro_batches = [item for level in levels for item in level.micro_batches()]
     fillers = _fillers(rank_counts, problem.count_multiple)
+    packed = (*micro_batches, *fillers)
+    if problem.pipeline_stages > 1:
+        return Packing(path_seconds(problem, packed), packed)
     fillers_alone_seconds = problem.count_multiple * problem.overhead_seconds
-    return Packing(max(*rank_seconds, fillers_alone_seconds), (*micro_batches, *fillers))
+    return Packing(max(*rank_seconds, fillers_alone_seconds), packed)
 
 
-def _admitted(problem: Problem, degree: int, target_seconds: float) -> int:
+def path_seconds(problem: Problem, micro_batches: Sequence[MicroBatch]) -> float:
+    """The step of nested micro-batches, fillers among them, with the pipeline's fill and drain (``step_seconds``)."""
+    numbers = np.empty(len(problem.tokens), dtype=np.int64)
+    numbers[problem.positions] = np.arange(len(problem.tokens))
+    seconds, longest = np.zeros(problem.domain_size), np.zeros(problem.domain_size)
+    for item in micro_batches:
+        taken = problem.overhead_seconds
+        if not item.is_filler:
+            work = problem.seconds_arrays[item.degree][numbers[list(item.sequences)]]
+            taken += problem.latency_seconds[item.degree] + float(work.sum())
+        ranks = slice(item.first_rank, item.first_rank + item.degree)
+        seconds[ranks] += taken
+        longest[ranks] = np.maximum(longest[ranks], taken)
+    return float((seconds + (problem.pipeline_stages - 1) * longest).max())
+
+
+def _admitted(problem: Problem, degree: int, target_seconds: float, most_seconds: float) -> int:
     """How many sequences, from the shortest, an idle block of this degree can take, one at a time."""
-    seconds_left = target_seconds - problem.opening_seconds(degree, count=0)
+    seconds_left = min(
+        target_seconds - problem.opening_seconds(degree, count=0),
+        most_seconds - problem.overhead_seconds - problem.latency_seconds[degree],
+    )
     return min(
         bisect_right(problem.tokens, problem.pack_tokens(degree)),
         bisect_right(problem.sequence_seconds[degree], seconds_left),
@@ -99,6 +158,15 @@ def _split(
         must += [sequence for sequence in may if sequence in widened]
         may = [sequence for sequence in may if sequence not in widened]
     return must, may
+
+
+def with_fillers(problem: Problem, micro_batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
+    """The micro-batches, and the fillers that bring every rank's count to what it must be."""
+    counts = [0] * problem.domain_size
+    for item in micro_batches:
+        for rank in item.ranks:
+            counts[rank] += 1
+    return (*micro_batches, *_fillers(counts, problem.count_multiple))
 
 
 def _fillers(rank_counts: Iterable[int], count_multiple: int) -> list[MicroBatch]:
@@ -124,6 +192,7 @@ class _Level:
         problem: Problem,
         degree: int,
         target_seconds: float,
+        most_seconds: float,
         rank_seconds: list[float],
         rank_counts: list[int],
     ) -> None:
@@ -134,14 +203,37 @@ class _Level:
         self._first_ranks = first_ranks(degree, problem.domain_size)
         self._block_seconds = [rank_seconds[first] for first in self._first_ranks]
         self._block_counts = [rank_counts[first] for first in self._first_ranks]
-        self._opened_seconds = [
+        self._opened_seconds: list[float] | NDArray[np.float64] = [
             seconds + problem.opening_seconds(degree, count)
             for seconds, count in zip(self._block_seconds, self._block_counts, strict=True)
         ]
         self._pack_blocks: list[int] = []
         self._pack_sequences: list[list[int]] = []
         self._pack_tokens_left: list[int] = []
+        self._pack_seconds_left: list[float] = []
+        self._most_work_seconds = most_seconds - problem.overhead_seconds - problem.latency_seconds[degree]
         self._open_packs: list[tuple[int, int]] = []
+        self.aligned_top_up = False
+        self._reserved_seconds: list[float] | NDArray[np.float64] = [0.0] * len(self._first_ranks)
+        if len(self._first_ranks) > _MANY_BLOCKS:
+            self._opened_seconds = np.array(self._opened_seconds)
+            self._reserved_seconds = np.zeros(len(self._first_ranks))
+        self._window = 0
+        self._rate = self._added_seconds[0] / problem.tokens[0]
+        narrow = problem.degrees[0]
+        rate = problem.sequence_seconds[narrow][len(problem.tokens) // 2] / problem.tokens[len(problem.tokens) // 2]
+        self._aligned_seconds = max(1e-30, problem.opening_seconds(narrow, 0) + rate * problem.pack_tokens(narrow))
+
+    def is_hopeless(self, sequences: list[int]) -> bool:
+        """Whether the sequences need more time, all blocks taken together, than there is until the target."""
+        if self._target_seconds == math.inf:
+            return False
+        tokens = sum(self._problem.tokens[sequence] for sequence in sequences)
+        packs = -(-tokens // self._problem.pack_tokens(self.degree))
+        paid = sum(-count % self._problem.count_multiple for count in self._block_counts)
+        needed = sum(self._added_seconds[sequence] for sequence in sequences)
+        needed += max(0, packs - paid) * self._problem.overhead_seconds
+        return needed > len(self._block_seconds) * self._target_seconds - sum(self._block_seconds)
 
     def add(self, sequence: int) -> bool:
         """Put a sequence into the open pack that it fits best; False if it fits none."""
@@ -157,15 +249,23 @@ class _Level:
 
     def open(self, sequence: int, rules: Rules) -> bool:
         """Open a pack for a sequence; False if no block has the time."""
-        block = self._block_to_open(self._added_seconds[sequence], rules.open_on_fullest)
+        rate = rules.reserve_share * self._rate
+        reserve = rate * (self._problem.pack_tokens(self.degree) - self._problem.tokens[sequence])
+        block = None
+        if reserve > 0:
+            block = self._block_to_open(self._added_seconds[sequence], rules.open_on, reserve)
+        if block is None:
+            block = self._block_to_open(self._added_seconds[sequence], rules.open_on, 0.0)
         if block is None:
             return False
+        self._reserved_seconds[block] += reserve
         self._block_seconds[block] = self._opened_seconds[block]
         self._block_counts[block] += 1
         self._opened_seconds[block] += self._problem.opening_seconds(self.degree, self._block_counts[block])
         self._pack_blocks.append(block)
         self._pack_sequences.append([])
         self._pack_tokens_left.append(self._problem.pack_tokens(self.degree))
+        self._pack_seconds_left.append(self._most_work_seconds)
         self._put(sequence, len(self._pack_blocks) - 1)
         return True
 
@@ -190,6 +290,17 @@ class _Level:
                 index += 1
         return rest + sequences[index:]
 
+    def fill(self, sequences: list[int], full_share: float) -> bool:
+        """Place all that is left so that tokens and time run out together; False if it does not work out."""
+        seconds_left = [self._target_seconds - seconds for seconds in self._block_seconds]
+        packs = fill(self._problem, self.degree, seconds_left, self._block_counts, sequences, full_share)
+        if packs is None:
+            return False
+        self._block_seconds = [self._target_seconds - seconds for seconds in seconds_left]
+        self._pack_blocks = [block for block, _ in packs]
+        self._pack_sequences = [members for _, members in packs]
+        return True
+
     def write_back(self, rank_seconds: list[float], rank_counts: list[int]) -> None:
         """Tell the ranks of every block what it has come to."""
         for block, first in enumerate(self._first_ranks):
@@ -206,18 +317,58 @@ class _Level:
     def _positions(self, sequences: list[int]) -> tuple[int, ...]:
         return tuple(sorted(self._problem.positions[sequences].tolist()))
 
-    def _block_to_open(self, added_seconds: float, fullest: bool) -> int | None:
-        """The fullest or emptiest block that meets the target with a further pack, the first of equals."""
-        latest = self._target_seconds - added_seconds
+    def _block_to_open(self, added_seconds: float, open_on: str, reserve: float) -> int | None:
+        """The block to open a further pack on so that it meets the target; the first of equals."""
+        latest = self._target_seconds - added_seconds - reserve
         opened = self._opened_seconds
-        if fullest:
+        if isinstance(opened, np.ndarray):
+            return self._of_many_blocks(opened, latest, open_on, reserve > 0)
+        if reserve:
+            opened = [seconds + reserved for seconds, reserved in zip(opened, self._reserved_seconds, strict=True)]
+        if open_on == "aligned" and latest < math.inf:
+            unit = self._aligned_seconds
+            waste = [((latest - seconds) % unit if seconds <= latest else math.inf) for seconds in opened]
+            index = min(range(len(waste)), key=waste.__getitem__)
+            return index if waste[index] < math.inf else None
+        if open_on == "fullest":
             best = max((seconds for seconds in opened if seconds <= latest), default=math.inf)
         else:
             best = min(opened)
         return opened.index(best) if best <= latest and best < math.inf else None
 
+    def _of_many_blocks(
+        self, opened: NDArray[np.float64], latest: float, open_on: str, with_reserve: bool
+    ) -> int | None:
+        """The same with arrays, for which lists would take too long.
+
+        Where the emptiest block is not what is wanted, only a window of blocks is looked at, and the next one
+        when that has nothing left to offer.
+        """
+        if with_reserve:
+            opened = opened + self._reserved_seconds
+        emptiest = int(opened.argmin())
+        if opened[emptiest] > latest:
+            return None
+        if open_on == "emptiest" or latest == math.inf:
+            return emptiest
+        start = self._window
+        while True:
+            left = latest - opened[start : start + _WINDOW]
+            late = left < 0
+            if not late.all():
+                break
+            start = start + _WINDOW if start + _WINDOW < len(opened) else 0
+        self._window = start
+        if open_on == "aligned":
+            left %= self._aligned_seconds
+        left[late] = math.inf
+        return start + int(left.argmin())
+
     def _still_fits(self, pack_index: int) -> int:
         seconds_left = self._target_seconds - self._block_seconds[self._pack_blocks[pack_index]]
+        if self.aligned_top_up:
+            seconds_left %= self._aligned_seconds
+        seconds_left = min(seconds_left, self._pack_seconds_left[pack_index])
         return min(
             bisect_right(self._problem.tokens, self._pack_tokens_left[pack_index]),
             bisect_right(self._added_seconds, seconds_left),
@@ -227,6 +378,7 @@ class _Level:
         block, added_seconds = self._pack_blocks[pack_index], self._added_seconds[sequence]
         self._pack_sequences[pack_index].append(sequence)
         self._pack_tokens_left[pack_index] -= self._problem.tokens[sequence]
+        self._pack_seconds_left[pack_index] -= added_seconds
         self._block_seconds[block] += added_seconds
         self._opened_seconds[block] += added_seconds
         self._reopen(pack_index)

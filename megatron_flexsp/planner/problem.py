@@ -5,6 +5,7 @@ Every solver of this package takes a ``Problem`` and need not look at a flag or 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,6 +37,9 @@ class Problem:
     count_multiple: int
     """Every rank runs a multiple of so many micro-batches."""
 
+    pipeline_stages: int
+    """Stages of the pipeline that every micro-batch passes."""
+
     overhead_seconds: float
     """What every micro-batch costs."""
 
@@ -44,6 +48,16 @@ class Problem:
 
     sequence_seconds: dict[int, list[float]]
     """What each sequence adds to a group of each degree; never decreasing, like the tokens."""
+
+    @cached_property
+    def tokens_array(self) -> NDArray[np.int64]:
+        """``tokens`` as an array."""
+        return np.array(self.tokens, dtype=np.int64)
+
+    @cached_property
+    def seconds_arrays(self) -> dict[int, NDArray[np.float64]]:
+        """``sequence_seconds`` as arrays."""
+        return {degree: np.array(row) for degree, row in self.sequence_seconds.items()}
 
     def pack_tokens(self, degree: int) -> int:
         """Tokens that a pack of this degree can hold."""
@@ -59,6 +73,13 @@ class Problem:
         return self.latency_seconds[degree] + overheads * self.overhead_seconds
 
 
+def topping_up_pays(problem: Problem, degree: int) -> bool:
+    """Whether a short token costs less in a wide micro-batch than in a further narrow one, overhead and all."""
+    narrow = problem.degrees[0]
+    dearer = degree * problem.sequence_seconds[degree][0] - narrow * problem.sequence_seconds[narrow][0]
+    return dearer / problem.tokens[0] * problem.tokens_per_rank < problem.overhead_seconds
+
+
 def make_problem(
     lengths: ArrayLike,
     cost_model: CostModel,
@@ -68,6 +89,7 @@ def make_problem(
     token_capacity: int | None = None,
     slice_multiple: int = 1,
     count_multiple: int = 1,
+    pipeline_stages: int = 1,
 ) -> Problem:
     """Check the arguments of ``plan`` and tabulate what solvers need.
 
@@ -79,6 +101,7 @@ def make_problem(
     domain_size = _count("domain_size", domain_size)
     slice_multiple = _count("slice_multiple", slice_multiple)
     count_multiple = _count("count_multiple", count_multiple)
+    pipeline_stages = _count("pipeline_stages", pipeline_stages)
     tokens = _checked_lengths(lengths)
     allowed = _checked_degrees(degrees, cost_model, domain_size)
     if token_capacity is None:
@@ -104,6 +127,7 @@ def make_problem(
         degrees=allowed,
         tokens_per_rank=tokens_per_rank,
         count_multiple=count_multiple,
+        pipeline_stages=pipeline_stages,
         overhead_seconds=float(cost_model.micro_batch_overhead_seconds),
         latency_seconds={degree: cost_model.latency_seconds(degree) for degree in allowed},
         sequence_seconds={degree: row.tolist() for degree, row in seconds.items()},

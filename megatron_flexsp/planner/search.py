@@ -4,29 +4,45 @@ import math
 import random
 import time
 
-from megatron_flexsp.planner.packing import Rules, pack
-from megatron_flexsp.planner.plan import MicroBatch
+from megatron_flexsp.planner.packing import Packing, Rules, pack
 from megatron_flexsp.planner.problem import Problem
 
 _ANY_TIME_LEFT = 1e9  # overheads, in the rules: top up whatever time is left
-_FIXED_RULES = tuple(
-    Rules(top_up_below_overheads=overheads, open_on_fullest=fullest)
-    for overheads in (1.25, _ANY_TIME_LEFT)
-    for fullest in (False, True)
+_FIXED_RULES = (
+    Rules(open_on="aligned", reserve_share=0.95, top_up_below_overheads=_ANY_TIME_LEFT, top_up_at_any_price=False),
+    Rules(open_on="fullest", reserve_share=0.95, top_up_below_overheads=_ANY_TIME_LEFT, top_up_at_any_price=False),
+    Rules(full_share=0.95, top_up_below_overheads=_ANY_TIME_LEFT, top_up_to_alignment=True, top_up_at_any_price=False),
+    Rules(top_up_below_overheads=1.25),
+    Rules(top_up_below_overheads=_ANY_TIME_LEFT),
+    Rules(open_on="aligned", reserve_share=0.8, top_up_below_overheads=_ANY_TIME_LEFT),
+    Rules(full_share=0.95, top_up_below_overheads=_ANY_TIME_LEFT, open_on="fullest", top_up_at_any_price=False),
+    Rules(full_share=0.95, top_up_below_overheads=1.25, top_up_to_alignment=True),
 )
-_BISECTIONS = 7
-_LEAST_GAIN = 2e-3
+_EVEN_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+_PIPELINE_RULES = tuple(
+    Rules(top_up_below_overheads=overheads, even_count=count)
+    for count in _EVEN_COUNTS
+    for overheads in (1.25, _ANY_TIME_LEFT)
+)
+_CLOSE_ENOUGH = 4e-3
+"""A share of the bound within which no further pass is worth its time."""
+
+_LEAST_GAIN = 0.05
+"""The share of the gap that a set of rules must close at once to be tried further."""
 
 # A pass places every sequence once, at a few microseconds each; these bound what a search costs by default.
-_PLACEMENTS = 40_000
-_FEWEST_PASSES, _MOST_PASSES = 5, 64
+_PLACEMENTS = 30_000
+_FEWEST_PASSES, _MOST_PASSES = 5, 16
+
+_HOPED_FOR_GAP = 0.035
+"""Passes are dear for large batches, so the first target is what a good set of rules usually meets."""
 
 
-def search(problem: Problem, bound_seconds: float, deadline: float) -> tuple[MicroBatch, ...]:
-    """The best micro-batches that a limited number of greedy passes finds.
+def search(problem: Problem, bound_seconds: float, deadline: float, seed: int = 0) -> tuple[Packing, bool]:
+    """The best nested micro-batches that a limited number of greedy passes finds.
 
     The first pass has no target and always succeeds. Then the target is bisected under each fixed set of
-    rules, and the passes that are left try random rules against targets just below the best time. The number
+    rules, and the passes that are left try random rules against targets below the best time. The number
     of passes depends on the problem alone and the random choices are seeded, so the answer is the same in
     every process, unless the deadline cuts the search short.
 
@@ -35,43 +51,73 @@ def search(problem: Problem, bound_seconds: float, deadline: float) -> tuple[Mic
     problem
         The global batch and the degrees that may be used.
     bound_seconds
-        No plan is faster; the search stops when it is met.
+        No plan is faster; the search stops close to it.
     deadline
         On ``time.monotonic``'s clock: no pass but the first starts later.
+    seed
+        Of the random choices.
+
+    Returns
+    -------
+    The best packing, and whether the deadline cut the search short.
     """
     state = _Search(problem, bound_seconds, deadline)
-    for index, rules in enumerate(_FIXED_RULES):
-        if index == 0 or (not state.is_over and state.improves((1 - _LEAST_GAIN) * state.best.seconds, rules)):
-            _bisect(state, rules)
-    _try_random_rules(state)
-    return state.best.micro_batches
+    hoped_for = (1 + _HOPED_FOR_GAP) * bound_seconds
+    for number, rules in enumerate(_FIXED_RULES if problem.pipeline_stages == 1 else _PIPELINE_RULES):
+        if state.is_over:
+            break
+        target = state.target(1 - _LEAST_GAIN)
+        if number == 0 and hoped_for < target:
+            _bisect(state, rules, bound_seconds if state.improves(hoped_for, rules) else hoped_for)
+        elif state.improves(target, rules):
+            _bisect(state, rules, bound_seconds)
+    _try_random_rules(state, seed)
+    return state.best, state.is_cut_short
 
 
 class _Search:
     """The best packing so far and the passes that are left to better it."""
 
     def __init__(self, problem: Problem, bound_seconds: float, deadline: float) -> None:
+        started = time.monotonic()
         first = pack(problem, math.inf, Rules())
         assert first is not None, "a pass without a target has room for every sequence"
         self.problem = problem
         self.bound_seconds = bound_seconds
         self.best = first
         self._deadline = deadline
-        self._passes_left = max(_FEWEST_PASSES, min(_MOST_PASSES, _PLACEMENTS // len(problem.tokens)))
+        self._pass_seconds = time.monotonic() - started
+        self._passes_left = min(_MOST_PASSES, _FEWEST_PASSES + _PLACEMENTS // len(problem.tokens))
 
     @property
     def is_over(self) -> bool:
-        """Whether passes or time have run out, or nothing better exists."""
-        return (
-            self._passes_left == 0
-            or time.monotonic() >= self._deadline
-            or math.isclose(self.best.seconds, self.bound_seconds, rel_tol=1e-9)
-        )
+        """Whether passes or time have run out, or nothing much better exists."""
+        return self._is_finished or self._is_late
+
+    @property
+    def is_cut_short(self) -> bool:
+        """Whether the deadline kept passes from being made."""
+        return not self._is_finished and self._is_late
+
+    @property
+    def _is_finished(self) -> bool:
+        return self._passes_left == 0 or self.best.seconds <= self.bound_seconds * (1 + _CLOSE_ENOUGH)
+
+    @property
+    def _is_late(self) -> bool:
+        """Whether a further pass, if it took as long as the longest so far, would end after the deadline."""
+        return time.monotonic() + self._pass_seconds >= self._deadline
+
+    def target(self, share: float) -> float:
+        """A time between the bound (share 0) and the best so far (share 1)."""
+        return self.bound_seconds + share * (self.best.seconds - self.bound_seconds)
 
     def improves(self, target_seconds: float, rules: Rules) -> bool:
         """Whether a pass meets the target; keeps what it found where that is the best so far."""
         self._passes_left -= 1
+        started = time.monotonic()
         found = pack(self.problem, target_seconds, rules)
+        self._pass_seconds = max(self._pass_seconds, time.monotonic() - started)
         if found is None:
             return False
         if found.seconds < self.best.seconds:
@@ -79,30 +125,30 @@ class _Search:
         return True
 
 
-def _bisect(state: _Search, rules: Rules) -> None:
-    """Halve the gap between what the rules missed and the best time, again and again."""
-    missed_seconds = state.bound_seconds
-    for _ in range(_BISECTIONS):
-        if state.is_over:
-            return
+def _bisect(state: _Search, rules: Rules, missed_seconds: float) -> None:
+    """Halve the gap between what the rules missed and the best time, until it is small."""
+    while not state.is_over and state.best.seconds - missed_seconds > _CLOSE_ENOUGH * state.bound_seconds:
         target_seconds = (missed_seconds + state.best.seconds) / 2
         if not state.improves(target_seconds, rules):
             missed_seconds = target_seconds
 
 
-def _try_random_rules(state: _Search) -> None:
+def _try_random_rules(state: _Search, seed: int) -> None:
     """Vary the rules at random, and keep a few of the longer sequences from their narrowest degrees."""
-    generator = random.Random(0)
+    generator = random.Random(seed)
     problem = state.problem
     longer = [index for index, tokens in enumerate(problem.tokens) if tokens > problem.tokens_per_rank / 4]
     while not state.is_over:
-        num_widened = min(generator.choice((0, 1, 2, 4, 8)), len(longer))
+        num_widened = min(generator.choice((0, 0, 1, 2, 4, 8)), len(longer))
         widened = generator.sample(longer, num_widened)
         rules = Rules(
-            top_up_below_overheads=generator.choice((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, _ANY_TIME_LEFT)),
-            open_on_fullest=generator.random() < 0.5,
+            reserve_share=generator.choice((0.0, 0.6, 0.8, 0.9, 0.95, 1.0)),
+            full_share=generator.choice((0.0, 0.0, 0.0, 0.93, 0.95, 0.97)),
+            top_up_below_overheads=generator.choice((0.0, 0.5, 1.25, 2.0, 3.0, _ANY_TIME_LEFT)),
+            open_on=generator.choice(("emptiest", "fullest", "aligned")),
+            top_up_to_alignment=generator.random() < 0.5,
+            top_up_at_any_price=generator.random() < 0.5,
+            even_count=generator.choice(_EVEN_COUNTS),
             least_degrees={sequence: generator.choice(problem.degrees) for sequence in widened},
         )
-        gain = generator.choice((5e-4, 2e-3, 5e-3, 1e-2))
-        target_seconds = max(state.bound_seconds, (1 - gain) * state.best.seconds)
-        state.improves(target_seconds, rules)
+        state.improves(state.target(generator.choice((0.75, 0.85, 0.92, 0.97))), rules)

@@ -3,15 +3,20 @@
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from numpy.typing import ArrayLike
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner.bounds import lower_bound_seconds
+from megatron_flexsp.planner.bounds import lockstep_bound_seconds, nested_bound_seconds
 from megatron_flexsp.planner.cost_model import CostModel
-from megatron_flexsp.planner.plan import Plan
+from megatron_flexsp.planner.exhaustive import best_lockstep, best_nested, is_tiny
+from megatron_flexsp.planner.laws import SCHEDULES
+from megatron_flexsp.planner.lockstep import in_order, search_rounds
+from megatron_flexsp.planner.packing import with_fillers
+from megatron_flexsp.planner.plans import MicroBatch, Plan
 from megatron_flexsp.planner.problem import Problem, make_problem
+from megatron_flexsp.planner.rounds import micro_batches_of
 from megatron_flexsp.planner.search import search
 from megatron_flexsp.planner.timing import step_seconds
 
@@ -27,7 +32,9 @@ def plan(
     token_capacity: int | None = None,
     slice_multiple: int = 1,
     count_multiple: int = 1,
+    pipeline_stages: int = 1,
     time_limit_seconds: float | None = None,
+    seed: int = 0,
 ) -> Plan:
     """Plan one global batch.
 
@@ -40,7 +47,8 @@ def plan(
     domain_size
         Ranks in the domain.
     schedule
-        ``nested`` (degrees never increase; ``auto`` means the same) or ``static`` (one degree for all).
+        ``nested`` (degrees never increase; ``auto`` means the same), ``lockstep`` (rounds in which every rank
+        runs one micro-batch) or ``static`` (one degree for all).
     degrees
         The degrees that may be used; by default all legal ones for which the cost model has a bandwidth.
     static_degree
@@ -52,9 +60,14 @@ def plan(
         Each rank's slice of a pack is padded up to a multiple of so many tokens.
     count_multiple
         Each rank runs a multiple of so many micro-batches.
+    pipeline_stages
+        Stages of the pipeline; the step counts its fill and drain (``step_seconds``).
     time_limit_seconds
         Stop improving after so long; 0 gives the first legal plan. By default the effort depends on the batch
-        alone, so that every process finds the same plan.
+        alone, so that every process finds the same plan; a limit that cuts the search short can make plans of
+        equal batches differ.
+    seed
+        Of the random choices that the search makes.
 
     Returns
     -------
@@ -76,28 +89,73 @@ def plan(
         token_capacity=token_capacity,
         slice_multiple=slice_multiple,
         count_multiple=count_multiple,
+        pipeline_stages=pipeline_stages,
     )
     if executed_schedule == "static":
         problem = _with_one_degree(problem)
-    bound_seconds = lower_bound_seconds(problem)
-
+    answer = _solve(problem, executed_schedule, deadline, seed)
     found = Plan(
         domain_size=problem.domain_size,
         schedule=executed_schedule,
-        micro_batches=search(problem, bound_seconds, deadline),
+        micro_batches=answer.micro_batches,
         predicted_seconds=math.nan,
-        lower_bound_seconds=bound_seconds,
+        lower_bound_seconds=answer.bound_seconds,
         solve_seconds=math.nan,
         status="heuristic",
     )
-    predicted_seconds = step_seconds(found, lengths, cost_model)
-    is_optimal = math.isclose(predicted_seconds, bound_seconds, rel_tol=1e-9)
+    predicted_seconds = step_seconds(found, lengths, cost_model, pipeline_stages=pipeline_stages)
+    bound_seconds = predicted_seconds if answer.is_best else answer.bound_seconds
+    if math.isclose(predicted_seconds, bound_seconds, rel_tol=1e-9):
+        status = "optimal"
+    else:
+        status = "heuristic" if answer.is_cut_short else "feasible"
     return replace(
         found,
         predicted_seconds=predicted_seconds,
+        lower_bound_seconds=min(bound_seconds, predicted_seconds),
         solve_seconds=time.monotonic() - started,
-        status="optimal" if is_optimal else "heuristic",
+        status=status,
     )
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What the solvers found for a problem."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    bound_seconds: float
+    is_best: bool
+    """Whether all plans were looked through, so that there is no better one."""
+
+    is_cut_short: bool
+    """Whether the time limit ended the search."""
+
+
+def _solve(problem: Problem, schedule: str, deadline: float, seed: int) -> _Answer:
+    """A plan and its bound: by searching, and by going through all plans if they are few."""
+    if schedule == "lockstep":
+        return _lockstep(problem, deadline, seed)
+    return _nested(problem, deadline, seed)
+
+
+def _nested(problem: Problem, deadline: float, seed: int) -> _Answer:
+    bound_seconds = nested_bound_seconds(problem, deadline)
+    found, is_cut_short = search(problem, bound_seconds, deadline, seed)
+    if is_tiny(problem) and found.seconds > bound_seconds:
+        better, is_complete = best_nested(problem, found.seconds, deadline)
+        items = found.micro_batches if better is None else with_fillers(problem, better)
+        return _Answer(items, bound_seconds, is_complete, is_cut_short)
+    return _Answer(found.micro_batches, bound_seconds, False, is_cut_short)
+
+
+def _lockstep(problem: Problem, deadline: float, seed: int) -> _Answer:
+    bound_seconds = lockstep_bound_seconds(problem, deadline)
+    rounds, seconds, is_cut_short = search_rounds(problem, bound_seconds, deadline, seed)
+    is_complete = False
+    if is_tiny(problem) and seconds > bound_seconds:
+        better, is_complete = best_lockstep(problem, seconds, deadline)
+        rounds = rounds if better is None else in_order(problem, better)
+    return _Answer(micro_batches_of(problem, rounds), bound_seconds, is_complete, is_cut_short)
 
 
 def _deadline(started: float, time_limit_seconds: float | None) -> float:
@@ -111,12 +169,8 @@ def _deadline(started: float, time_limit_seconds: float | None) -> float:
 
 def _checked_schedule(schedule: str, static_degree: int | None) -> str:
     """The schedule that plans will name."""
-    if schedule == "lockstep":
-        raise FlexSPError(
-            "schedule lockstep is not available yet: it comes with the optimising planner; use nested or static"
-        )
-    if schedule not in ("auto", "nested", "static"):
-        raise FlexSPError(f"schedule is {schedule!r}; expected auto, nested or static")
+    if schedule not in ("auto", *SCHEDULES):
+        raise FlexSPError(f"schedule is {schedule!r}; expected auto, {', '.join(SCHEDULES)}")
     if static_degree is not None and schedule != "static":
         raise FlexSPError(f"static_degree {static_degree} needs schedule static; found {schedule}")
     return "nested" if schedule == "auto" else schedule

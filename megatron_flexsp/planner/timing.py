@@ -5,7 +5,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_flexsp.planner.cost_model import CostModel
 from megatron_flexsp.planner.laws import rounds, slice_tokens
-from megatron_flexsp.planner.plan import Plan
+from megatron_flexsp.planner.plans import Plan
 
 
 def micro_batch_seconds(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -> NDArray[np.float64]:
@@ -34,21 +34,30 @@ def micro_batch_seconds(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -
     return seconds
 
 
-def step_seconds(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -> float:
+def step_seconds(plan: Plan, lengths: ArrayLike, cost_model: CostModel, *, pipeline_stages: int = 1) -> float:
     """Seconds of the whole step.
 
     A micro-batch starts when the last of its ranks is free and ends for all of them together. In lockstep
     a round starts when the last rank of the domain is free.
+
+    With a pipeline of p stages, each as fast as the cost model says, the last stage ends later: a row of
+    micro-batches that take the same time at every stage ends p - 1 times the longest of them after its sum
+    (a proportionate flow shop). So on each rank's path (in lockstep, for the rounds) the longest micro-batch
+    counts p times: fill and drain.
     """
     seconds = micro_batch_seconds(plan, lengths, cost_model).tolist()
+    further_stages = pipeline_stages - 1
     if plan.schedule == "lockstep":
         in_order = iter(seconds)
-        return float(sum(max(next(in_order) for _ in members) for members in rounds(plan)))
+        lasting = [max(next(in_order) for _ in members) for members in rounds(plan)]
+        return float(sum(lasting) + further_stages * max(lasting))
     free_at = np.zeros(plan.domain_size)
+    longest = np.zeros(plan.domain_size)
     for item, duration in zip(plan.micro_batches, seconds, strict=True):
-        block = free_at[item.first_rank : item.first_rank + item.degree]
-        block[:] = block.max() + duration
-    return float(free_at.max())
+        ranks = slice(item.first_rank, item.first_rank + item.degree)
+        free_at[ranks] = free_at[ranks].max() + duration
+        longest[ranks] = np.maximum(longest[ranks], duration)
+    return float((free_at + further_stages * longest).max())
 
 
 def balance(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -> float:

@@ -41,8 +41,8 @@ def cost_models(draw, degrees, token_capacity):
 def feasible_arguments(draw):
     """Keyword arguments of ``plan`` for which a plan exists."""
     domain_size = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 48]))
-    schedule = draw(st.sampled_from(["nested", "static"]))
-    legal = [d for d in legal_degrees(domain_size) if schedule == "nested" or domain_size % d == 0]
+    schedule = draw(st.sampled_from(["nested", "lockstep", "static"]))
+    legal = [d for d in legal_degrees(domain_size) if schedule != "static" or domain_size % d == 0]
     degrees = draw(st.lists(st.sampled_from(legal), min_size=1, unique=True))
     slice_multiple = draw(st.sampled_from([1, 2, 5]))
     token_capacity = draw(st.integers(slice_multiple, 200))
@@ -57,7 +57,9 @@ def feasible_arguments(draw):
         "token_capacity": token_capacity,
         "slice_multiple": slice_multiple,
         "count_multiple": draw(st.sampled_from([1, 1, 2, 3])),
+        "pipeline_stages": draw(st.sampled_from([1, 1, 2, 5])),
         "time_limit_seconds": draw(st.sampled_from([None, 0])),
+        "seed": draw(st.integers(0, 3)),
     }
 
 
@@ -73,7 +75,8 @@ def test_every_plan_keeps_the_laws_and_its_own_word(arguments):
         count_multiple=arguments["count_multiple"],
     )
     assert {item.degree for item in found.micro_batches if not item.is_filler} <= set(arguments["degrees"])
-    assert found.predicted_seconds == step_seconds(found, lengths, cost_model)
+    pipeline_stages = arguments["pipeline_stages"]
+    assert found.predicted_seconds == step_seconds(found, lengths, cost_model, pipeline_stages=pipeline_stages)
     assert found.predicted_seconds >= found.lower_bound_seconds
     assert Plan.from_json(found.to_json()) == found
     assert Plan.from_json(found.to_json()).digest() == found.digest()

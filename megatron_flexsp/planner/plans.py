@@ -16,7 +16,7 @@ from megatron_flexsp.planner import laws
 from megatron_flexsp.planner.laws import SCHEDULES, PlanError
 
 SCHEMA = "flexsp.plan/1"
-STATUSES = ("optimal", "heuristic")
+STATUSES = ("optimal", "feasible", "heuristic")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class Plan:
     """What planning took."""
 
     status: str
-    """``optimal`` if the prediction meets the bound, else ``heuristic``."""
+    """``optimal`` if no plan is faster: the prediction meets the bound. ``feasible`` if the search ended by itself
+    short of the bound: the gap between the two is what a better plan could gain at most. ``heuristic`` if the
+    time limit ended it."""
 
     def micro_batches_of_rank(self, rank: int) -> tuple[MicroBatch, ...]:
         """What one rank of the domain runs, in order."""

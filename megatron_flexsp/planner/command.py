@@ -1,0 +1,201 @@
+"""``flexsp plan``: plans the global batches of a file of lengths, and shows how good the plans are."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import IO
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.planner import Plan, load_cost_model, plan, preset_names
+
+
+class _Degrees(click.ParamType):
+    """Whole numbers with commas between them."""
+
+    name = "degrees"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        try:
+            return tuple(int(degree) for degree in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no list such as 2,4,8", param, ctx)
+
+
+@click.command(name="plan")
+@click.argument("lengths_file", metavar="LENGTHS", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--cost-model",
+    "cost_model_name",
+    required=True,
+    metavar="FILE_OR_PRESET",
+    help=f"A cost model's JSON file, or one of {', '.join(preset_names())}.",
+)
+@click.option("--ranks", required=True, type=click.IntRange(min=1), help="Ranks in the domain.")
+@click.option("--global-batch-size", required=True, type=click.IntRange(min=1), help="Sequences of a batch.")
+@click.option("--skip-batches", default=0, type=click.IntRange(min=0), help="Leave out so many batches at the start.")
+@click.option("--batches", type=click.IntRange(min=1), help="Plan so many batches; all by default.")
+@click.option("--schedule", default="nested", show_default=True, type=click.Choice(["nested", "lockstep", "static"]))
+@click.option("--static-degree", type=click.IntRange(min=1), help="The one degree of a static plan.")
+@click.option("--degrees", type=_Degrees(), help="Degrees that may be used, with commas; all by default.")
+@click.option("--pad-each-to", default=1, type=click.IntRange(min=1), help="Pad each sequence to a multiple of this.")
+@click.option("--max-sequence", type=click.IntRange(min=1), help="Drop lengths above this.")
+@click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop improving a plan after this.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Of the search's random choices.")
+@click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write a plan a line, as JSON.")
+def plan_command(
+    lengths_file: Path,
+    cost_model_name: str,
+    ranks: int,
+    global_batch_size: int,
+    skip_batches: int,
+    batches: int | None,
+    schedule: str,
+    static_degree: int | None,
+    degrees: tuple[int, ...] | None,
+    pad_each_to: int,
+    max_sequence: int | None,
+    time_limit: float | None,
+    seed: int,
+    output: Path | None,
+) -> None:
+    """Plan the global batches of LENGTHS, a text file with the tokens of one sequence on each line.
+
+    \b
+    flexsp plan lengths.txt --cost-model gpt-7b-192k --ranks 64 --global-batch-size 512 --batches 3
+    """
+    cost_model = load_cost_model(cost_model_name)
+    lengths = _padded(_read_lengths(lengths_file, max_sequence), pad_each_to)
+    numbers = _batch_numbers(len(lengths), global_batch_size, skip_batches, batches, lengths_file)
+    console = Console(highlight=False)
+    table, plans = _new_table(), []
+    with _opened(output) as file:
+        for number in _with_progress(numbers):
+            batch = lengths[number * global_batch_size : (number + 1) * global_batch_size]
+            made = plan(
+                batch,
+                cost_model,
+                ranks,
+                schedule=schedule,
+                degrees=degrees,
+                static_degree=static_degree,
+                time_limit_seconds=time_limit,
+                seed=seed,
+            )
+            plans.append(made)
+            _add_plan(table, number, made)
+            if file is not None:
+                file.write(made.to_json() + "\n")
+    _add_total(table, plans)
+    console.print(table)
+    if output is not None:
+        console.print(f"{len(plans)} plans written to {output}", soft_wrap=True)
+
+
+def _read_lengths(path: Path, max_sequence: int | None) -> NDArray[np.int64]:
+    """The lengths in a text file, those above the longest allowed dropped."""
+    lengths = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise FlexSPError(f"{path}: not UTF-8 text; expected the tokens of one sequence on each line") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            tokens = int(line)
+        except ValueError:
+            tokens = 0
+        if tokens < 1:
+            raise FlexSPError(f"{path}: line {number} is {line.strip()[:40]!r}; expected a whole number of at least 1")
+        if max_sequence is None or tokens <= max_sequence:
+            lengths.append(tokens)
+    return np.array(lengths, dtype=np.int64)
+
+
+def _padded(lengths: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
+    return -(-lengths // multiple) * multiple
+
+
+def _batch_numbers(num_lengths: int, size: int, skip: int, batches: int | None, path: Path) -> range:
+    """Which whole batches to plan."""
+    whole = num_lengths // size
+    if skip >= whole:
+        raise FlexSPError(
+            f"{path} holds {num_lengths} usable lengths, {whole} batches of --global-batch-size {size}; "
+            f"none is left after --skip-batches {skip}"
+        )
+    if batches is not None and skip + batches > whole:
+        raise FlexSPError(
+            f"--batches {batches} after --skip-batches {skip} asks for batch {skip + batches}; {path} holds {whole} "
+            f"of --global-batch-size {size}"
+        )
+    return range(skip, whole if batches is None else skip + batches)
+
+
+def _opened(output: Path | None) -> IO[str] | nullcontext[None]:
+    if output is None:
+        return nullcontext()
+    try:
+        return output.open("w", encoding="utf-8")
+    except OSError as error:
+        raise FlexSPError(f"--output {output}: cannot write ({error.strerror})") from None
+
+
+def _with_progress(numbers: Iterable[int]) -> Iterator[int]:
+    """The numbers, with a bar on a terminal and nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        yield from progress.track(list(numbers), description="planning batches")
+
+
+def _new_table() -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("batch", "micro-batches", "seconds", "bound", "gap", "status", "solve s"):
+        table.add_column(name, justify="right")
+    table.add_column("micro-batches of each degree")
+    return table
+
+
+def _add_plan(table: Table, number: int, made: Plan) -> None:
+    degrees = Counter(item.degree for item in made.micro_batches if not item.is_filler)
+    fillers = sum(item.is_filler for item in made.micro_batches)
+    by_degree = [f"{count}x{degree}" for degree, count in sorted(degrees.items(), reverse=True)]
+    table.add_row(
+        str(number),
+        str(len(made.micro_batches)),
+        f"{made.predicted_seconds:.3f}",
+        f"{made.lower_bound_seconds:.3f}",
+        _gap(made.predicted_seconds, made.lower_bound_seconds),
+        made.status,
+        f"{made.solve_seconds:.3f}",
+        " ".join([*by_degree, f"{fillers} fillers"] if fillers else by_degree),
+    )
+
+
+def _add_total(table: Table, plans: list[Plan]) -> None:
+    seconds = sum(made.predicted_seconds for made in plans)
+    bound = sum(made.lower_bound_seconds for made in plans)
+    table.add_section()
+    table.add_row(
+        "total",
+        str(sum(len(made.micro_batches) for made in plans)),
+        f"{seconds:.3f}",
+        f"{bound:.3f}",
+        _gap(seconds, bound),
+        "",
+        f"{sum(made.solve_seconds for made in plans):.3f}",
+        "",
+    )
+
+
+def _gap(seconds: float, bound: float) -> str:
+    return f"{seconds / bound - 1:.2%}" if bound > 0 else "-"

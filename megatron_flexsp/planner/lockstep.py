@@ -1,0 +1,209 @@
+"""Find lockstep rounds: how many, how long each, who runs what.
+
+FlexSP (arXiv 2412.01523, section 4) cuts the sorted batch into rounds first and plans each round by itself.
+Here rounds are packed together, so that a short sequence can fill any of them: the search is over the rounds'
+lengths, from those that the paper's cut suggests; then each round's groups are chosen again by the paper's
+program, and real sequences are exchanged between groups.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+
+from megatron_flexsp.planner.bounds import least_rounds, lockstep_count_bounds
+from megatron_flexsp.planner.exchange import exchange
+from megatron_flexsp.planner.problem import Problem
+from megatron_flexsp.planner.round_program import blast, plan_round
+from megatron_flexsp.planner.rounds import (
+    Round,
+    RoundRules,
+    pack_rounds,
+    round_seconds,
+    step_of_rounds,
+)
+
+_RULES = (RoundRules(), RoundRules(widen_most=1 << 30), RoundRules(widen_most=1))
+_RATIOS = (1.0, 1.3, 1.7, 2.4)
+_COUNTS = 5
+_CLOSE_ENOUGH = 4e-3
+_LEAST_GAIN = 0.05
+
+# A pass places every sequence once, at some ten microseconds each; these bound what a search costs by default.
+_PLACEMENTS = 28_000
+_FEWEST_PASSES, _MOST_PASSES = 8, 160
+_ROUND_PROGRAMS = 8
+_ROUND_PROGRAM_SEQUENCES = 1024
+
+
+def search_rounds(
+    problem: Problem, bound_seconds: float, deadline: float, seed: int = 0
+) -> tuple[list[Round], float, bool]:
+    """The best lockstep rounds that a limited number of passes finds.
+
+    Parameters
+    ----------
+    problem
+        The global batch and the degrees that may be used.
+    bound_seconds
+        No plan is faster; the search stops close to it.
+    deadline
+        On ``time.monotonic``'s clock: no pass but the first few, which are needed for a legal plan, starts later.
+    seed
+        Of the random choices.
+
+    Returns
+    -------
+    Rounds, the longest first; their step; and whether the deadline cut the search short.
+    """
+    state = _Search(problem, bound_seconds, deadline)
+    counts = lockstep_count_bounds(problem, least_rounds(problem), _COUNTS, state.seconds)
+    for count, least_seconds in sorted(counts.items(), key=lambda item: item[1]):
+        if least_seconds < state.seconds:
+            _try_count(state, count, max(bound_seconds, least_seconds))
+    _try_random_lengths(state, seed)
+    _choose_groups_again(state, seed)
+    if not state.is_over:
+        state.offer(exchange(problem, state.best, deadline))
+    return state.best, state.seconds, state.is_late
+
+
+class _Search:
+    """The best rounds so far and the passes that are left to better them."""
+
+    def __init__(self, problem: Problem, bound_seconds: float, deadline: float) -> None:
+        self.problem = problem
+        self.bound_seconds = bound_seconds
+        self.deadline = deadline
+        self.passes_left = max(_FEWEST_PASSES, min(_MOST_PASSES, _PLACEMENTS // len(problem.tokens)))
+        started = time.monotonic()
+        self.best = in_order(problem, _first_rounds(problem))
+        self._pass_seconds = time.monotonic() - started
+        self.seconds = self._price(self.best)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether time has run out, or nothing much better exists."""
+        return self.is_late or self.seconds <= self.bound_seconds * (1 + _CLOSE_ENOUGH)
+
+    @property
+    def is_late(self) -> bool:
+        """Whether a further pass, if it took as long as the longest so far, would end after the deadline."""
+        return time.monotonic() + self._pass_seconds >= self.deadline
+
+    @property
+    def has_passes(self) -> bool:
+        """Whether a further pass may start."""
+        return self.passes_left > 0 and not self.is_over
+
+    def offer(self, rounds: list[Round]) -> float:
+        """Keep rounds that are the best so far; returns their step."""
+        rounds = in_order(self.problem, rounds)
+        seconds = self._price(rounds)
+        if seconds < self.seconds:
+            self.best, self.seconds = rounds, seconds
+        return seconds
+
+    def improves(self, lengths: list[float], rules: RoundRules) -> float | None:
+        """The step that a pass finds for rounds of these lengths, or None if it finds no way."""
+        self.passes_left -= 1
+        started = time.monotonic()
+        rounds = pack_rounds(self.problem, lengths, rules)
+        self._pass_seconds = max(self._pass_seconds, time.monotonic() - started)
+        return None if rounds is None else self.offer(rounds)
+
+    def lengths(self) -> list[float]:
+        """Seconds of each round of the best, longest first."""
+        return sorted((round_seconds(self.problem, groups) for groups in self.best), reverse=True)
+
+    def _price(self, rounds: list[Round]) -> float:
+        return step_of_rounds(self.problem, [round_seconds(self.problem, groups) for groups in rounds])
+
+
+def _first_rounds(problem: Problem) -> list[Round]:
+    """Some legal rounds, quickly: lengths are doubled, and rounds added, until the greedy pass succeeds."""
+    count = least_rounds(problem)
+    per_round = (problem.seconds_arrays[problem.degrees[-1]].sum() * problem.degrees[-1]) / problem.domain_size / count
+    longest = min(
+        problem.latency_seconds[degree] + problem.sequence_seconds[degree][-1]
+        for degree in problem.degrees
+        if problem.tokens[-1] <= problem.pack_tokens(degree)
+    )
+    length = max(per_round, longest, 1e-9)
+    while True:
+        for doublings in range(4):
+            lengths = [problem.overhead_seconds + length * (1 << doublings)] * count
+            rounds = pack_rounds(problem, lengths, RoundRules(widen_most=1 << 30))
+            if rounds is not None:
+                return rounds
+        count += max(1, count // 4 // problem.count_multiple) * problem.count_multiple
+
+
+def _try_count(state: _Search, count: int, least_seconds: float) -> None:
+    """Bisect the step for so many rounds, in several proportions of their lengths and under several rules."""
+    for proportions in _proportions(state.problem, count):
+        for rules in _RULES:
+            gap = state.seconds - least_seconds
+            if not state.has_passes or gap <= 0:
+                return
+            if state.improves(_scaled(state.problem, proportions, least_seconds + (1 - _LEAST_GAIN) * gap), rules):
+                _bisect(state, proportions, rules, least_seconds)
+
+
+def _bisect(state: _Search, proportions: list[float], rules: RoundRules, missed_seconds: float) -> None:
+    """Halve the gap between what was missed and the best step, until it is small."""
+    while state.has_passes and state.seconds - missed_seconds > _CLOSE_ENOUGH * state.bound_seconds:
+        target = (missed_seconds + state.seconds) / 2
+        if state.improves(_scaled(state.problem, proportions, target), rules) is None:
+            missed_seconds = target
+
+
+def _proportions(problem: Problem, count: int) -> Iterator[list[float]]:
+    """How the rounds' lengths, without their overhead, may relate: in fixed ratios, and as the paper cuts them."""
+    for ratio in _RATIOS if count > 1 else (1.0,):
+        yield [ratio ** (1 - index / max(1, count - 1)) for index in range(count)]
+    if count > 1:
+        widest = problem.sequence_seconds[problem.degrees[-1]]
+        chunks = blast(problem.tokens, count)
+        sums = sorted((sum(widest[chunk.start : chunk.stop]) for chunk in chunks), reverse=True)
+        if len(sums) == count and sums[-1] > 0:
+            yield sums
+
+
+def _scaled(problem: Problem, proportions: list[float], step: float) -> list[float]:
+    """Lengths of rounds in these proportions that make up the step, overheads and the pipeline counted."""
+    stages = problem.pipeline_stages - 1
+    overheads = problem.overhead_seconds * (len(proportions) + stages)
+    share = max(0.0, step - overheads) / (sum(proportions) + stages * max(proportions))
+    return [problem.overhead_seconds + share * proportion for proportion in proportions]
+
+
+def _try_random_lengths(state: _Search, seed: int) -> None:
+    """Shorten and stretch the best rounds at random."""
+    generator = random.Random(seed)
+    problem = state.problem
+    while state.has_passes:
+        rest = [max(length - problem.overhead_seconds, 1e-12) for length in state.lengths()]
+        proportions = [length * generator.choice((0.85, 0.95, 1.0, 1.0, 1.05, 1.15)) for length in rest]
+        gap = state.seconds - state.bound_seconds
+        target = state.bound_seconds + generator.choice((0.8, 0.9, 0.95, 0.98)) * gap
+        state.improves(_scaled(problem, proportions, target), generator.choice(_RULES))
+
+
+def _choose_groups_again(state: _Search, seed: int) -> None:
+    """Plan each round of the best again by the program of the paper, and keep what is better."""
+    problem = state.problem
+    for index in range(min(len(state.best), _ROUND_PROGRAMS)):
+        groups = state.best[index]
+        sequences = sorted(sequence for group in groups for sequence in group.sequences)
+        if state.is_over or not 1 < len(sequences) <= _ROUND_PROGRAM_SEQUENCES:
+            continue
+        better = plan_round(problem, sequences, groups, state.deadline - time.monotonic(), seed)
+        if better is not None:
+            state.offer([better if number == index else kept for number, kept in enumerate(state.best)])
+
+
+def in_order(problem: Problem, rounds: list[Round]) -> list[Round]:
+    """The rounds that hold sequences, longest first, and fillers up to a whole number of the pipeline's multiple."""
+    kept = sorted((groups for groups in rounds if groups), key=lambda groups: -round_seconds(problem, groups))
+    empty: Round = ()
+    return kept + [empty] * (-len(kept) % problem.count_multiple)
