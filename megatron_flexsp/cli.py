@@ -26,9 +26,7 @@ class Subcommand:
 
 
 SUBCOMMANDS = {
-    "prepare": Subcommand(
-        "megatron_flexsp.prepare.command", "prepare", "Make a Megatron data set from text."
-    ),
+    "prepare": Subcommand("megatron_flexsp.prepare.command", "prepare", "Make a Megatron data set from text."),
 }
 
 

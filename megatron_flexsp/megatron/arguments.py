@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner import legal_degrees
+from megatron_flexsp.planner import CostModel, legal_degrees
 
 SCHEDULES = ("auto", "nested", "lockstep", "static")
 OVERLONG = ("split", "truncate", "drop", "error")
@@ -92,7 +92,9 @@ class Settings:
     schedule: str
     static_degree: int | None
     degrees: tuple[int, ...]
-    cost_model_path: str | None
+    """Group sizes that plans may use, narrowest first."""
+    cost_model: CostModel | None
+    """The measured one, if a file was given."""
     max_tokens_per_rank: int | None
     overlong: str
     plan_ahead: int
@@ -234,11 +236,12 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         # The first stage runs this many forward chunks before its first backward frees one, in units
         # of a whole stage (schedules.py, get_pp_rank_microbatches).
         in_flight = -(-(2 * (pipeline_size - 1) + (chunks - 1) * count_multiple + 1) // chunks)
+    cost_model = None if args.flexsp_cost_model is None else CostModel.load(args.flexsp_cost_model)
     return Settings(
         schedule="nested" if args.flexsp_schedule == "auto" else args.flexsp_schedule,
         static_degree=args.flexsp_static_degree,
-        degrees=_degrees(args, domain_size),
-        cost_model_path=args.flexsp_cost_model,
+        degrees=_degrees(args, domain_size, cost_model),
+        cost_model=cost_model,
         max_tokens_per_rank=args.flexsp_max_tokens_per_rank,
         overlong=args.flexsp_overlong,
         plan_ahead=args.flexsp_plan_ahead,
@@ -251,27 +254,37 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
     )
 
 
-def _degrees(args: argparse.Namespace, domain_size: int) -> tuple[int, ...]:
-    """The group sizes that the domain and the heads allow; asked-for ones are checked, not dropped."""
-    heads = args.num_attention_heads // args.tensor_model_parallel_size
+def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel | None) -> tuple[int, ...]:
+    """The group sizes that domain, heads and cost model allow; asked-for ones are checked, not dropped."""
     legal = legal_degrees(domain_size)
-    asked = {"--flexsp-static-degree": (args.flexsp_static_degree,) if args.flexsp_static_degree else ()}
-    asked["--flexsp-degrees"] = _parse_degrees(args.flexsp_degrees) if args.flexsp_degrees else ()
-    for flag, degrees in asked.items():
-        for degree in degrees:
-            if degree not in legal:
-                raise FlexSPError(
-                    f"{flag}: {degree} is not a group size here. A group has a power of two of ranks, at most the "
-                    f"{domain_size} data-parallel ranks, or all {domain_size}"
-                )
-            if heads % degree:
-                raise FlexSPError(
-                    f"{flag}: {degree} ranks can't share {heads} attention heads evenly "
-                    f"(--num-attention-heads {args.num_attention_heads} / --tensor-model-parallel-size "
-                    f"{args.tensor_model_parallel_size}). Ask for a degree that divides them"
-                )
-    chosen = asked["--flexsp-degrees"] or [degree for degree in legal if heads % degree == 0]
-    return tuple(sorted(set(chosen)))
+    heads = args.num_attention_heads // args.tensor_model_parallel_size
+    if args.flexsp_static_degree is not None:
+        flag, asked = "--flexsp-static-degree", (args.flexsp_static_degree,)
+    elif args.flexsp_degrees is not None:
+        flag, asked = "--flexsp-degrees", _parse_degrees(args.flexsp_degrees)
+    else:
+        return tuple(degree for degree in legal if heads % degree == 0 and _has_bandwidth(cost_model, degree))
+    for degree in asked:
+        if degree not in legal:
+            raise FlexSPError(
+                f"{flag}: {degree} is not a group size here. A group has a power of two of ranks, at most the "
+                f"{domain_size} data-parallel ranks, or all {domain_size}"
+            )
+        if heads % degree:
+            raise FlexSPError(
+                f"{flag}: {degree} ranks can't share {heads} attention heads evenly (--num-attention-heads "
+                f"{args.num_attention_heads} / --tensor-model-parallel-size {args.tensor_model_parallel_size}). Ask for "
+                "a degree that divides them"
+            )
+        if not _has_bandwidth(cost_model, degree):
+            raise FlexSPError(
+                f"{flag}: {args.flexsp_cost_model} has no bandwidth for {degree} ranks. Measure it, or leave the degree out"
+            )
+    return tuple(sorted(set(asked)))
+
+
+def _has_bandwidth(cost_model: CostModel | None, degree: int) -> bool:
+    return degree == 1 or cost_model is None or degree in cost_model.exchange_bandwidth_bytes_per_second
 
 
 def _parse_degrees(text: str) -> tuple[int, ...]:

@@ -74,8 +74,8 @@ class StoredDocuments:
         found = os.path.getsize(prefix + ".bin")
         if found < needed:
             raise FlexSPError(
-                f"--data-path {prefix}: {prefix}.bin has {found} bytes where its index needs {needed}; it is truncated. "
-                "Copy or make it again"
+                f"--data-path {prefix}: {prefix}.bin has {found} bytes where its index needs {needed}; it is "
+                "truncated. Copy or make it again"
             )
 
     def __len__(self) -> int:
@@ -169,8 +169,8 @@ class DocumentDataset(MegatronDataset):
         short = np.count_nonzero(predicted < 1)
         overlong = np.count_nonzero(predicted > self.config.sequence_length)
         return (
-            f"{self.name}: {len(predicted):,} documents -> {self._pieces:,} sequences, longest {self.longest:,} tokens; "
-            f"{short:,} too short to predict anything and skipped, {overlong:,} longer than --seq-length "
+            f"{self.name}: {len(predicted):,} documents -> {self._pieces:,} sequences, longest {self.longest:,} "
+            f"tokens; {short:,} too short to predict anything and skipped, {overlong:,} longer than --seq-length "
             f"({self.config.overlong})"
         )
 
@@ -250,7 +250,8 @@ def _save_whole(path: str, array: NDArray[Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise FlexSPError(
-            f"the data set's indices can't be written to {folder} ({error.strerror}): give --data-cache-path a writable folder"
+            f"the data set's indices can't be written to {folder} ({error.strerror}): give --data-cache-path a "
+            "writable folder"
         ) from None
 
 

@@ -53,7 +53,8 @@ class Seam:
         missing = [parameter for parameter in self.parameters if parameter not in found]
         if missing:
             raise FlexSPError(
-                f"Megatron {version()}: {self.target} takes ({', '.join(found)}), without {', '.join(missing)}. {_REMEDY}"
+                f"Megatron {version()}: {self.target} takes ({', '.join(found)}), without {', '.join(missing)}. "
+                f"{_REMEDY}"
             )
         return owner, name, original
 

@@ -92,15 +92,15 @@ class FlexSPTraining:
         iterator = data_iterator if chunks is None else data_iterator[0]
         if iterator is None:
             raise FlexSPError(
-                "--eval-iters asks for evaluation but --split leaves no documents for it: give the split a part, or set "
-                "--eval-iters 0"
+                "--eval-iters asks for evaluation but --split leaves no documents for it: give the split a part, "
+                "or set --eval-iters 0"
             )
         batch: PlannedBatch = next(iterator)
         expected = num_microbatches * self._settings.domain_size
         if len(batch.lengths) != expected:
             raise FlexSPError(
-                f"the batch has {len(batch.lengths)} sequences where Megatron expects {expected}: the batch size changed "
-                "in a way that was not foreseen. Resume from the last checkpoint"
+                f"the batch has {len(batch.lengths)} sequences where Megatron expects {expected}: the batch size "
+                "changed in a way that was not foreseen. Resume from the last checkpoint"
             )
         micro_batches = batch.micro_batches
         result = schedule(
@@ -160,28 +160,31 @@ class FlexSPTraining:
         return provider
 
     def _build(self, num_samples: tuple[int, int, int]) -> tuple[PlannedBatches | None, ...]:
-        """Collective: groups first, then data, then the iterators over planned batches."""
+        """Collective: data first, then groups, then the iterators over planned batches."""
         args, settings = get_args(), self._settings
-        self._context = build_context(args, settings)
-        _announce(self.context)
         datasets = _build_datasets(args, settings, num_samples)
+        sources = [SampleSource(dataset) if dataset is not None and len(dataset) else None for dataset in datasets]
+        parts = [part for source in sources if source is not None for part in source.parts]
+        longest = max(parts, key=lambda part: part.longest)
+        self._context = build_context(args, settings, longest.longest, longest.name)
+        _announce(self.context)
+        for part in parts:
+            print_rank_0(f" > [flexsp] {part.describe()}")
         consumed = (args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0)
         sizes = (_train_batch_size, _evaluation_batch_size, _evaluation_batch_size)
-        return tuple(map(self._iterator, datasets, consumed, sizes))
+        return tuple(map(self._iterator, sources, consumed, sizes))
 
-    def _iterator(self, dataset: Any, consumed: int, size_at: Callable[[int], int]) -> PlannedBatches | None:
-        if dataset is None or len(dataset) == 0:
+    def _iterator(
+        self, source: SampleSource | None, consumed: int, size_at: Callable[[int], int]
+    ) -> PlannedBatches | None:
+        if source is None:
             return None
-        settings, context = self._settings, self.context
-        source = SampleSource(dataset)
-        for part in source.parts:
-            print_rank_0(f" > [flexsp] {part.describe()}")
-            context.check_fits(part.longest, part.name)
+        context = self.context
         first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
         reader = SliceReader(
             source,
             context.domain_rank,
-            settings.slice_multiple,
+            context.settings.slice_multiple,
             reads_tokens=first(ignore_virtual=True) or last(ignore_virtual=True),
             pin_memory=not on_cpu(),
         )
@@ -191,7 +194,7 @@ class FlexSPTraining:
             context.channel,
             batches_from(consumed, len(source), size_at),
             context.make_plan,
-            settings.plan_ahead,
+            context.settings.plan_ahead,
         )
 
 
@@ -229,9 +232,10 @@ def _evaluation_batch_size(consumed: int) -> int:
 
 def _announce(context: Context) -> None:
     settings = context.settings
+    degrees = settings.degrees if context.static_degree is None else (context.static_degree,)
     print_rank_0(
         f" > [flexsp] {settings.schedule} schedule over {settings.domain_size} data-parallel ranks, degrees "
-        f"{', '.join(map(str, settings.degrees))}; {context.token_capacity:,} tokens a rank and micro-batch; "
+        f"{', '.join(map(str, degrees))}; {context.token_capacity:,} tokens a rank and micro-batch; "
         f"{context.groups.communicators} communicators on this rank"
     )
     if context.cost_model.note:
