@@ -258,6 +258,7 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
     """The group sizes that domain, heads and cost model allow; asked-for ones are checked, not dropped."""
     legal = legal_degrees(domain_size)
     heads = args.num_attention_heads // args.tensor_model_parallel_size
+    asked: tuple[int, ...]
     if args.flexsp_static_degree is not None:
         flag, asked = "--flexsp-static-degree", (args.flexsp_static_degree,)
     elif args.flexsp_degrees is not None:
@@ -273,12 +274,13 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
         if heads % degree:
             raise FlexSPError(
                 f"{flag}: {degree} ranks can't share {heads} attention heads evenly (--num-attention-heads "
-                f"{args.num_attention_heads} / --tensor-model-parallel-size {args.tensor_model_parallel_size}). Ask for "
-                "a degree that divides them"
+                f"{args.num_attention_heads} / --tensor-model-parallel-size {args.tensor_model_parallel_size}). Ask "
+                "for a degree that divides them"
             )
         if not _has_bandwidth(cost_model, degree):
             raise FlexSPError(
-                f"{flag}: {args.flexsp_cost_model} has no bandwidth for {degree} ranks. Measure it, or leave the degree out"
+                f"{flag}: {args.flexsp_cost_model} has no bandwidth for {degree} ranks. Measure it, or leave the "
+                "degree out"
             )
     return tuple(sorted(set(asked)))
 

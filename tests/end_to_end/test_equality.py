@@ -25,16 +25,19 @@ EACH_ALONE = "[0] [1] [2] [3] [3]"
 NESTED_2 = "[01] [0] [1] [1]"
 
 
-def assert_equal(run: Run, reference: Run) -> None:
-    tolerance = 1e-5
+def assert_equal_losses(run: Run, reference: Run, tolerance: float = 1e-5) -> None:
     assert run.losses.keys() == reference.losses.keys() == {1, 2, 3, 4, 5}
     for step, loss in reference.losses.items():
         assert run.losses[step] == pytest.approx(loss, rel=tolerance), f"loss of step {step}"
+
+
+def assert_equal(run: Run, reference: Run) -> None:
+    assert_equal_losses(run, reference)
     gradients, expected = run.gradients, reference.gradients
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         difference = (gradients[name] - gradient).abs().max().item()
-        assert difference <= tolerance * gradient.abs().max().item(), f"gradient of {name}"
+        assert difference <= 1e-5 * gradient.abs().max().item(), f"gradient of {name}"
 
 
 @pytest.mark.parametrize("plan", [NESTED, UNEQUAL, STATIC, EACH_ALONE])
@@ -76,9 +79,18 @@ def test_pipeline(train: Callable, reference: Callable) -> None:
     assert_equal(run, reference(2, *GQA, *PIPELINE))
 
 
+INTERLEAVED_PLAN = "[01] [01] [0] [1] [0] [1] [1] [1]"
+
+
 def test_interleaved_pipeline(train: Callable, reference: Callable) -> None:
-    run = train(4, *GQA, *INTERLEAVED, *OVERLAPS, plan="[01] [01] [0] [1] [0] [1] [1] [1]", gradients=True)
+    run = train(4, *GQA, *INTERLEAVED, plan=INTERLEAVED_PLAN, gradients=True)
     assert_equal(run, reference(2, *GQA, *INTERLEAVED))
+
+
+def test_interleaved_pipeline_with_both_overlaps(train: Callable, reference: Callable) -> None:
+    run = train(4, *GQA, *INTERLEAVED, *OVERLAPS, plan=INTERLEAVED_PLAN)
+    # Megatron saves gradients that are not yet reduced here, so only the losses can tell.
+    assert_equal_losses(run, reference(2, *GQA, *INTERLEAVED))
 
 
 def test_fewer_key_value_heads_than_ranks(train: Callable, reference: Callable) -> None:
@@ -89,5 +101,4 @@ def test_fewer_key_value_heads_than_ranks(train: Callable, reference: Callable) 
 
 def test_bf16(train: Callable, reference: Callable) -> None:
     run = train(4, *GQA, "--bf16", plan=UNEQUAL)
-    for step, loss in reference(1, *GQA, "--bf16").losses.items():
-        assert run.losses[step] == pytest.approx(loss, rel=1e-2)
+    assert_equal_losses(run, reference(1, *GQA, "--bf16"), tolerance=1e-2)
