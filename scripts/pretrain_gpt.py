@@ -5,7 +5,6 @@ Takes Megatron's own arguments and follows the conventions of Megatron-LM's `pre
 """
 
 import importlib.util
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -60,10 +59,6 @@ def model_provider(
     )
 
 
-def _not_finite(loss: torch.Tensor) -> torch.Tensor:
-    return ~torch.isfinite(loss)
-
-
 def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor, model: GPTModel | None = None) -> Loss:
     """Sum the losses of the unmasked tokens; return the sum, the number of tokens and both for the log."""
     mask = loss_mask.view(-1).float()
@@ -72,8 +67,8 @@ def loss_func(loss_mask: torch.Tensor, output_tensor: torch.Tensor, model: GPTMo
     if get_args().check_for_nan_in_loss_and_grad:
         get_rerun_state_machine().validate_result(
             loss,
-            rejection_func=_not_finite,
-            message="found NaN or Inf in local forward loss",
+            lambda loss: ~torch.isfinite(loss),
+            "found NaN or Inf in local forward loss",
             tolerance=0.0,
             fatal=True,
         )
@@ -102,10 +97,11 @@ def forward_step(data_iterator: Any, model: GPTModel) -> tuple[torch.Tensor, Cal
     return output, partial(loss_func, loss_mask, model=model)
 
 
-def dataset_config(args: Namespace) -> GPTDatasetConfig:
-    """Megatron's arguments about data, as its datasets want them."""
+def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
+    """Build the three datasets on the ranks that read tokens: all of the first and the last pipeline stage."""
+    args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return GPTDatasetConfig(
+    config = GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
@@ -121,17 +117,9 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         create_attention_mask=args.create_attention_mask_in_dataloader,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
-
-
-def train_valid_test_datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> Any:
-    """Build the three datasets on the ranks that read tokens: all of the first and the last pipeline stage."""
-    args = get_args()
-    return BlendedMegatronDatasetBuilder(
-        MockGPTDataset if args.mock_data else GPTDataset,
-        num_samples,
-        partial(is_first_or_last_pipeline_stage, vp_stage),
-        dataset_config(args),
-    ).build()
+    dataset = MockGPTDataset if args.mock_data else GPTDataset
+    is_built_here = partial(is_first_or_last_pipeline_stage, vp_stage)
+    return BlendedMegatronDatasetBuilder(dataset, num_samples, is_built_here, config).build()
 
 
 # Every tensor-parallel rank reads for itself, so nothing has to be broadcast.
