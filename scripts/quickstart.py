@@ -1,7 +1,10 @@
-"""Trains a small GPT on the standard library's source files twice, side by side: static groups and FlexSP.
+"""Trains a small GPT on real text twice, side by side: with static groups and with FlexSP.
 
 Both jobs are Megatron's own training loop on 8 ranks of this machine, with the same model, the same documents
-and the same order. They take turns step by step. The end is a table: speed, padding, and both loss curves.
+in the same order. They take turns step by step. The end is a table: speed, padding, and both loss curves.
+
+Two corpora, one after the other: the source files of Python's standard library, and the same text cut into
+documents as long as those of the web, most of them short.
 """
 
 import argparse
@@ -13,10 +16,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -24,11 +29,15 @@ from rich.table import Table
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import Plan
-from megatron_flexsp.prepare import MEGATRON_TOKENIZER_ARGUMENTS, StandardLibrary, write_dataset
+from megatron_flexsp.prepare import MEGATRON_TOKENIZER_ARGUMENTS, Record, StandardLibrary, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 8
 SCHEDULES = ("static", "nested")
+CONTEXT, TOKENS_PER_RANK = 4096, 512
+"""The longest document needs all 8 ranks."""
+WEB_MEAN_TOKENS, WEB_SIGMA = 300, 1.2
+"""Web-like lengths: lognormal."""
 WARM_UP_STEPS = 1
 LOSS_TOLERANCE = 1e-4
 """Relative; both runs start from the same weights and drift apart by rounding alone."""
@@ -48,28 +57,52 @@ TRAINING = """
 console = Console()
 
 
+@dataclass(frozen=True)
+class Corpus:
+    """What the two jobs train on."""
+
+    name: str
+    title: str
+    documents_per_step: int
+
+
+CORPORA = (
+    Corpus("files", "Source files of Python's standard library, as they are", 32),
+    Corpus("web_lengths", "The same text, cut to web-like lengths", 96),
+)
+
+
 class Job:
     """One torchrun of Megatron, and what its steps reported."""
 
-    def __init__(self, schedule: str, options: argparse.Namespace, data: list[str], store: torch.distributed.TCPStore):
+    def __init__(
+        self,
+        schedule: str,
+        corpus: Corpus,
+        prefix: Path,
+        options: argparse.Namespace,
+        store: torch.distributed.TCPStore,
+    ) -> None:
         self.schedule = schedule
         self.steps: list[dict[str, Any]] = []
-        self.log = options.output / f"{schedule}.log"
+        self.log = options.output / f"{corpus.name}_{schedule}.log"
+        self._name = f"{corpus.name}/{schedule}"
         self._store = store
         arguments = [
             *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"),
             *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
             *("-m", "megatron_flexsp.run", "--cpu", str(ROOT / "scripts" / "quickstart_train.py")),
-            *(*MODEL.split(), *TRAINING.split(), *data),
-            *("--seq-length", str(options.context), "--max-position-embeddings", str(options.context)),
-            *("--global-batch-size", str(options.documents), "--train-iters", str(options.steps)),
+            *(*MODEL.split(), *TRAINING.split(), "--data-path", str(prefix), *MEGATRON_TOKENIZER_ARGUMENTS),
+            *("--seq-length", str(CONTEXT), "--max-position-embeddings", str(CONTEXT)),
+            *("--global-batch-size", str(corpus.documents_per_step), "--train-iters", str(options.steps)),
             *("--flexsp", "--flexsp-schedule", schedule, "--flexsp-overlong", "drop"),
-            *("--flexsp-max-tokens-per-rank", str(options.tokens_per_rank)),
+            *("--flexsp-max-tokens-per-rank", str(TOKENS_PER_RANK)),
         ]
         environment = {
             **os.environ,
-            "FLEXSP_QUICKSTART_JOB": schedule,
+            "FLEXSP_QUICKSTART_JOB": self._name,
             "FLEXSP_QUICKSTART_PORT": str(store.port),
+            "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             "PYTHONWARNINGS": "ignore",
@@ -83,7 +116,7 @@ class Job:
 
     def wait_for(self, what: str, limit_seconds: float) -> str:
         """Wait until the job has set a key; say what its log says if it ends instead."""
-        key, deadline = f"{self.schedule}/{what}", time.monotonic() + limit_seconds
+        key, deadline = f"{self._name}/{what}", time.monotonic() + limit_seconds
         while not self._store.check([key]):
             ended = self._process.poll() is not None
             if ended or time.monotonic() > deadline:
@@ -96,7 +129,7 @@ class Job:
     def run_step(self, number: int) -> dict[str, Any]:
         """Give the job its turn and wait until it is done."""
         self.wait_for(f"ready/{number}", START_SECONDS)
-        self._store.set(f"{self.schedule}/turn/{number}", "")
+        self._store.set(f"{self._name}/turn/{number}", "")
         self.steps.append(json.loads(self.wait_for(f"done/{number}", STEP_SECONDS)))
         return self.steps[-1]
 
@@ -141,109 +174,122 @@ class Summary:
 def main() -> int:
     options = parse_options()
     options.output.mkdir(parents=True, exist_ok=True)
-    data = prepare_data(options)
+    prepare(options.output)
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    compared = [(corpus, *compare(corpus, options, store)) for corpus in CORPORA]
+    return report(compared, options)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5, help="training steps of each run (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart", help="where logs and results go")
+    options = parser.parse_args()
+    if options.steps <= WARM_UP_STEPS:
+        parser.error(f"--steps must be more than {WARM_UP_STEPS}, which is not counted")
+    return options
+
+
+def prepare(output: Path) -> None:
+    """Make the corpora the first time."""
+    records = {"files": StandardLibrary(), "web_lengths": cut_to_web_lengths()}
+    for corpus in CORPORA:
+        prefix = output / corpus.name
+        if prefix.with_suffix(".idx").exists():
+            continue
+        console.print(f"preparing the corpus: {corpus.title} ...", highlight=False)
+        # The index is put there last: a data file without one is the rest of an interrupted run.
+        prefix.with_suffix(".bin").unlink(missing_ok=True)
+        summary = write_dataset(records[corpus.name], prefix)
+        console.print(f"  {summary.documents:,} documents, {summary.tokens:,} tokens", highlight=False)
+
+
+def cut_to_web_lengths() -> Iterator[Record]:
+    """The standard library's text in documents of random length, a few thousand of them."""
+    text = b"".join(record.text for record in StandardLibrary())
+    generator = np.random.default_rng(1234)
+    draws = generator.lognormal(np.log(WEB_MEAN_TOKENS) - WEB_SIGMA**2 / 2, WEB_SIGMA, 20_000)
+    lengths = np.clip(np.rint(draws), 16, CONTEXT).astype(int)
+    begins = generator.permutation(np.concatenate([[0], np.cumsum(lengths)[:-1]]))
+    for begin, length in zip(begins, lengths, strict=True):
+        document = text[begin % len(text) :][:length]
+        yield Record(document, len(document))
+
+
+def compare(corpus: Corpus, options: argparse.Namespace, store: torch.distributed.TCPStore) -> tuple[Job, Job]:
+    """Both jobs on one corpus, step by step, now one first and then the other."""
+    console.rule(corpus.title)
     jobs: list[Job] = []
     try:
         for schedule in SCHEDULES:
-            jobs.append(Job(schedule, options, data, store))
-        train(jobs, options.steps)
+            jobs.append(Job(schedule, corpus, options.output / corpus.name, options, store))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(f"starting two Megatron jobs of {RANKS} ranks", total=options.steps)
+            for job in jobs:
+                job.wait_for("ready/0", START_SECONDS)
+            progress.update(task, description="training")
+            for number in range(options.steps):
+                for job in jobs if number % 2 == 0 else reversed(jobs):
+                    job.run_step(number)
+                progress.console.print(_step_line(number, jobs), highlight=False)
+                progress.advance(task)
         for job in jobs:
             job.finish()
     finally:
         for job in jobs:
             job.stop()
-    return report(jobs, options)
+    static, nested = jobs
+    return static, nested
 
 
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help="training steps of each run (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=32, help="documents in a step (default: %(default)s)")
-    parser.add_argument("--context", type=int, default=4096, help="longest document in tokens (default: %(default)s)")
-    parser.add_argument(
-        "--tokens-per-rank", type=int, default=512, help="what a rank holds in a micro-batch (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--lengths",
-        metavar="SPEC",
-        help="train on made-up documents of these lengths instead: see --flexsp-mock-lengths",
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "quickstart", help="where logs and results go")
-    options = parser.parse_args()
-    if options.steps <= WARM_UP_STEPS:
-        parser.error(f"--steps must be more than {WARM_UP_STEPS}, which is not counted")
-    if options.documents < 1 or options.documents % RANKS:
-        parser.error(f"--documents must be a multiple of {RANKS}")
-    return options
+def _step_line(number: int, jobs: list[Job]) -> str:
+    times = " | ".join(f"{job.schedule} {job.steps[-1]['seconds']:5.2f} s" for job in jobs)
+    return f"step {number + 1:2d} | loss {jobs[-1].steps[-1]['loss']:.4f} | {times}"
 
 
-def prepare_data(options: argparse.Namespace) -> list[str]:
-    """Megatron's data arguments; the corpus is made the first time."""
-    if options.lengths is not None:
-        return ["--mock-data", "--flexsp-mock-lengths", options.lengths, *MEGATRON_TOKENIZER_ARGUMENTS]
-    prefix = options.output / "standard_library"
-    if not prefix.with_suffix(".idx").exists():
-        console.print("preparing the corpus: the source files of Python's standard library, as bytes ...")
-        # The index is written last: without it, what is there is the rest of an interrupted run.
-        prefix.with_suffix(".bin").unlink(missing_ok=True)
-        summary = write_dataset(StandardLibrary(), prefix)
-        console.print(f"  {summary.documents:,} documents, {summary.tokens:,} tokens")
-    return ["--data-path", str(prefix), *MEGATRON_TOKENIZER_ARGUMENTS]
-
-
-def train(jobs: list[Job], steps: int) -> None:
-    """Step by step, each job in turn, first one first and then the other."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"starting two Megatron jobs of {RANKS} ranks", total=steps)
-        for job in jobs:
-            job.wait_for("ready/0", START_SECONDS)
-        progress.update(task, description="training")
-        for number in range(steps):
-            for job in jobs if number % 2 == 0 else reversed(jobs):
-                job.run_step(number)
-            times = " | ".join(f"{job.schedule} {job.steps[-1]['seconds']:5.2f} s" for job in jobs)
-            progress.console.print(
-                f"step {number + 1:2d} | loss {jobs[-1].steps[-1]['loss']:.4f} | {times}", highlight=False
-            )
-            progress.advance(task)
-
-
-def report(jobs: list[Job], options: argparse.Namespace) -> int:
-    static, nested = (Summary(job) for job in jobs)
-    speedup = nested.tokens_per_second / static.tokens_per_second
-    losses = Table("step", *(f"loss, {job.schedule}" for job in jobs), "relative difference", title="Loss curves")
-    differences = []
-    for number, pair in enumerate(zip(*(job.steps for job in jobs), strict=True), start=1):
-        first, second = (step["loss"] for step in pair)
-        differences.append(abs(first - second) / abs(first))
-        losses.add_row(str(number), f"{first:.6f}", f"{second:.6f}", f"{differences[-1]:.1e}")
-    console.print(losses)
-
-    speeds = Table(
-        "", "static group", "FlexSP nested", title=f"{RANKS} ranks, steps {WARM_UP_STEPS + 1} to {options.steps}"
-    )
-    both = (static, nested)
-    speeds.add_row("tokens per second", *(f"{s.tokens_per_second:,.0f}" for s in both))
-    speeds.add_row("relative speed", "1.00", f"{speedup:.2f}")
-    speeds.add_row("padding share", *(f"{s.padding_share:.2%}" for s in both))
-    speeds.add_row("micro-batches a step", *(f"{s.micro_batches:.1f}" for s in both))
-    speeds.add_row("tokens by group size", *(_shares(s.degrees) for s in both))
-    console.print(speeds)
-    console.print(draw(nested.job.steps[-1]), highlight=False, markup=False)
-
-    result = options.output / "result.json"
-    steps = {job.schedule: job.steps for job in jobs}
-    result.write_text(json.dumps({"speedup": speedup, "largest_loss_difference": max(differences), "steps": steps}))
+def report(compared: list[tuple[Corpus, Job, Job]], options: argparse.Namespace) -> int:
+    """Print loss curves, a plan and the table; 1 if the curves differ."""
+    largest_difference = max(print_losses(corpus, static, nested) for corpus, static, nested in compared)
+    for corpus, _, nested in compared:
+        print_plan(corpus, nested.steps[-1])
+    speedups = {corpus.name: print_speeds(corpus, static, nested) for corpus, static, nested in compared}
+    result = {
+        "speedups": speedups,
+        "largest_loss_difference": largest_difference,
+        "steps": {corpus.name: {job.schedule: job.steps for job in jobs} for corpus, *jobs in compared},
+    }
+    (options.output / "result.json").write_text(json.dumps(result))
     console.print(f"logs and figures: {options.output}")
-    if max(differences) > LOSS_TOLERANCE:
-        console.print(
-            f"[red]the loss curves differ by up to {max(differences):.1e}; expected at most {LOSS_TOLERANCE:.0e}"
-        )
+    if largest_difference > LOSS_TOLERANCE:
+        console.print(f"[red]the loss curves differ by up to {largest_difference:.1e}; expected {LOSS_TOLERANCE:.0e}")
         return 1
-    console.print(f"The loss curves agree to {max(differences):.1e}. FlexSP ran at {speedup:.2f} times the speed.")
     return 0
+
+
+def print_losses(corpus: Corpus, static: Job, nested: Job) -> float:
+    """Both loss curves; returns their largest relative difference."""
+    table = Table("step", "loss, static group", "loss, FlexSP nested", "relative difference", title=corpus.title)
+    differences = []
+    for number, (first, second) in enumerate(zip(static.steps, nested.steps, strict=True), start=1):
+        differences.append(abs(first["loss"] - second["loss"]) / abs(first["loss"]))
+        table.add_row(str(number), f"{first['loss']:.6f}", f"{second['loss']:.6f}", f"{differences[-1]:.1e}")
+    console.print(table)
+    return max(differences)
+
+
+def print_speeds(corpus: Corpus, static: Job, nested: Job) -> float:
+    """What the comparison is about; returns the ratio of the speeds."""
+    both = (Summary(static), Summary(nested))
+    speedup = both[1].tokens_per_second / both[0].tokens_per_second
+    table = Table("", "static group", "FlexSP nested", title=corpus.title)
+    table.add_row("tokens per second", *(f"{summary.tokens_per_second:,.0f}" for summary in both))
+    table.add_row("relative speed", "1.00", f"{speedup:.2f}")
+    table.add_row("padding share", *(f"{summary.padding_share:.2%}" for summary in both))
+    table.add_row("micro-batches a step", *(f"{summary.micro_batches:.1f}" for summary in both))
+    table.add_row("tokens by ranks in their group", *(_shares(summary.degrees) for summary in both))
+    console.print(table)
+    return speedup
 
 
 def _shares(tokens_by_degree: Counter[int]) -> str:
@@ -251,18 +297,14 @@ def _shares(tokens_by_degree: Counter[int]) -> str:
     return ", ".join(f"{degree}: {tokens / total:.0%}" for degree, tokens in sorted(tokens_by_degree.items()) if tokens)
 
 
-def draw(step: dict[str, Any]) -> str:
-    """The last step's plan: a line for each rank, a cell for each micro-batch with its group and documents."""
+def print_plan(corpus: Corpus, step: dict[str, Any]) -> None:
+    """The last step's plan: a line for each rank, a cell for each micro-batch, as wide as its group is."""
     plan = Plan.from_json(json.dumps(step["plan"]))
-    width = 12
-    lines = [f"The plan of step {len(step)}: each rank's micro-batches, as group size x documents (tokens)"]
+    lines = [f"The last step's plan ({corpus.title}): group size x documents in each micro-batch, in order"]
     for rank in range(plan.domain_size):
-        cells = []
-        for item in plan.micro_batches_of_rank(rank):
-            tokens = sum(step["lengths"][k] for k in item.sequences)
-            cells.append(f"{item.degree}x{len(item.sequences)} ({tokens})".ljust(width))
+        cells = [f"{item.degree}x{len(item.sequences)}".ljust(4) for item in plan.micro_batches_of_rank(rank)]
         lines.append(f"rank {rank} | " + "| ".join(cells))
-    return "\n".join(lines)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

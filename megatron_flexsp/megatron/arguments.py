@@ -214,7 +214,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         ("--flexsp-solver-time-limit", args.flexsp_solver_time_limit, 0),
         ("--flexsp-max-tokens-per-rank", args.flexsp_max_tokens_per_rank, 1),
     ):
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # nan is not
             raise FlexSPError(f"{flag} {value}: must be at least {least}")
     if args.flexsp_static_degree is not None and args.flexsp_schedule != "static":
         raise FlexSPError("--flexsp-static-degree needs --flexsp-schedule static")

@@ -49,9 +49,7 @@ def pool(domains: list[list[int]], degrees: tuple[int, ...]) -> tuple[GroupPool,
         domains=domains,
         blocks=[(first, degree) for degree in degrees for first in first_ranks(degree, size)],
         create=create,
-        domain_group=next(
-            group for group, domain in zip(whole, domains, strict=True) if dist.get_rank() in domain
-        ),
+        domain_group=next(group for group, domain in zip(whole, domains, strict=True) if dist.get_rank() in domain),
     )
     made.warm_up("cpu")
     return made, created

@@ -64,9 +64,7 @@ def test_a_filler_is_the_smallest_slice_of_padding(slice_multiple: int) -> None:
     degree=st.integers(1, 9),
     slice_multiple=st.sampled_from([1, 2, 3, 4, 8]),
 )
-def test_the_slices_of_all_members_are_the_pack(
-    lengths: tuple[int, ...], degree: int, slice_multiple: int
-) -> None:
+def test_the_slices_of_all_members_are_the_pack(lengths: tuple[int, ...], degree: int, slice_multiple: int) -> None:
     layouts = members(lengths, degree, slice_multiple)
     (slice_tokens,) = {layout.slice_tokens for layout in layouts}
     assert slice_tokens % slice_multiple == 0
