@@ -10,17 +10,16 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.plan_channel import PlanChannel
-from megatron_flexsp.planner import CostModel, Plan, first_ranks, plan
+from megatron_flexsp.planner import CostModel, first_ranks
+from megatron_flexsp.planner.service import PlanningService, PlanRequest
 from megatron_flexsp.runtime import GroupPool
 
 
@@ -42,29 +41,8 @@ class Context:
     groups: GroupPool
     channel: PlanChannel
     domain_rank: int
-
-    def make_plan(self, lengths: NDArray[np.int64]) -> Plan:
-        """Plan one batch and check the plan's laws."""
-        settings = self.settings
-        made = plan(
-            lengths,
-            self.cost_model,
-            settings.domain_size,
-            schedule=settings.schedule,
-            degrees=settings.degrees,
-            static_degree=self.static_degree,
-            token_capacity=self.token_capacity,
-            slice_multiple=settings.slice_multiple,
-            count_multiple=settings.count_multiple,
-            time_limit_seconds=settings.solver_time_limit_seconds,
-        )
-        made.validate(
-            lengths,
-            self.token_capacity,
-            slice_multiple=settings.slice_multiple,
-            count_multiple=settings.count_multiple,
-        )
-        return made
+    planner: PlanningService | None
+    """Plans in a process of its own; on the planning rank only."""
 
 
 def load_cost_model(args: argparse.Namespace, settings: Settings) -> CostModel:
@@ -108,7 +86,7 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
             "the cost model leaves no memory for activations (memory_budget_bytes - model_state_bytes): give "
             "--flexsp-max-tokens-per-rank, or a cost model that was measured on this cluster"
         )
-    static_degree = _narrowest_degree(settings, capacity, longest, longest_in)
+    static_degree: int | None = _narrowest_degree(settings, capacity, longest, longest_in)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     domain_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     hosts_group = parallel_state.create_group(
@@ -127,14 +105,27 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         domain_group=domain_group,
     )
     groups.warm_up("cpu" if on_cpu() else torch.device("cuda", torch.cuda.current_device()))
+    channel = PlanChannel(hosts_group)
+    if settings.schedule != "static":
+        static_degree = None
+    request = PlanRequest(
+        cost_model,
+        settings.domain_size,
+        capacity,
+        slice_multiple=settings.slice_multiple,
+        count_multiple=settings.count_multiple,
+        time_limit_seconds=settings.solver_time_limit_seconds,
+        options={"schedule": settings.schedule, "degrees": settings.degrees, "static_degree": static_degree},
+    )
     return Context(
         settings=settings,
         cost_model=cost_model,
         token_capacity=capacity,
-        static_degree=static_degree if settings.schedule == "static" else None,
+        static_degree=static_degree,
         groups=groups,
-        channel=PlanChannel(hosts_group),
+        channel=channel,
         domain_rank=groups.domain.index(dist.get_rank()),
+        planner=PlanningService(request) if channel.plans_here else None,
     )
 
 

@@ -186,14 +186,14 @@ class FlexSPTraining:
             context.domain_rank,
             context.settings.slice_multiple,
             reads_tokens=first(ignore_virtual=True) or last(ignore_virtual=True),
-            pin_memory=not on_cpu(),
+            gpu=None if on_cpu() else torch.cuda.current_device(),
         )
         return PlannedBatches(
             source,
             reader,
             context.channel,
             batches_from(consumed, len(source), size_at),
-            context.make_plan,
+            context.planner,
             context.settings.plan_ahead,
         )
 
