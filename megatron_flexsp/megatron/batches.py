@@ -77,7 +77,7 @@ class SliceReader:
         domain_rank: int,
         slice_multiple: int,
         reads_tokens: bool,
-        pin_memory: bool,
+        gpu: int | None,
     ) -> None:
         self._source = source
         self._domain_rank = domain_rank

@@ -45,7 +45,8 @@ def log_step(context: Context, batch: PlannedBatch) -> None:
     print_rank_0(
         f" [flexsp] iteration {iteration:8d} | {plan.schedule} | micro-batches of each degree: "
         + ", ".join(f"{count} x {degree}" for degree, count in sorted(degrees.items(), reverse=True))
-        + f" | micro-batches a rank: {counts.min()}-{counts.max()} | sequences: {len(lengths)} | tokens: {lengths.sum()}"
+        + f" | micro-batches a rank: {counts.min()}-{counts.max()}"
+        f" | sequences: {len(lengths)} | tokens: {lengths.sum()}"
         f" | predicted balance: {figures['predicted balance']:.1%} | padding: {figures['padding share']:.2%}"
         f" | planning (ms): {plan.solve_seconds * 1e3:.1f}"
         f" | waited for plan (ms): {batch.waited_for_plan_seconds * 1e3:.1f}"
