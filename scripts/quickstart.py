@@ -38,6 +38,8 @@ CONTEXT, TOKENS_PER_RANK = 4096, 512
 """The longest document needs all 8 ranks."""
 WEB_MEAN_TOKENS, WEB_SIGMA = 300, 1.2
 """Web-like lengths: lognormal."""
+PLAN_WIDTH = 90
+"""Characters in which a step is drawn."""
 WARM_UP_STEPS = 1
 LOSS_TOLERANCE = 1e-4
 """Relative; both runs start from the same weights and drift apart by rounding alone."""
@@ -298,12 +300,19 @@ def _shares(tokens_by_degree: Counter[int]) -> str:
 
 
 def print_plan(corpus: Corpus, step: dict[str, Any]) -> None:
-    """The last step's plan: a line for each rank, a cell for each micro-batch, as wide as its group is."""
+    """The last step's plan: a line for each rank, time to the right, each micro-batch drawn with its group's size."""
     plan = Plan.from_json(json.dumps(step["plan"]))
-    lines = [f"The last step's plan ({corpus.title}): group size x documents in each micro-batch, in order"]
-    for rank in range(plan.domain_size):
-        cells = [f"{item.degree}x{len(item.sequences)}".ljust(4) for item in plan.micro_batches_of_rank(rank)]
-        lines.append(f"rank {rank} | " + "| ".join(cells))
+    ends, rows = np.zeros(plan.domain_size), [""] * plan.domain_size
+    characters_a_second = PLAN_WIDTH / plan.predicted_seconds
+    for item, seconds in zip(plan.micro_batches, step["micro_batch_seconds"], strict=True):
+        end = ends[item.first_rank : item.first_rank + item.degree].max() + seconds
+        for rank in item.ranks:
+            ends[rank] = end
+            width = round(end * characters_a_second) - len(rows[rank])
+            rows[rank] += (str(item.degree) * (width - 1) + "|") if not item.is_filler else " " * width
+    console.print(f"The last step as it was planned ({corpus.title}): time runs to the right, each stretch is a")
+    console.print("micro-batch, its digit the number of ranks that share it", highlight=False)
+    lines = [f"rank {rank} |{row}" for rank, row in enumerate(rows)]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 

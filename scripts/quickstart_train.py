@@ -19,7 +19,7 @@ from megatron.training import get_args, training
 from megatron_flexsp.megatron import training as flexsp_training
 from megatron_flexsp.megatron.batches import PlannedBatch
 from megatron_flexsp.megatron.context import Context
-from megatron_flexsp.planner import padding_share
+from megatron_flexsp.planner import micro_batch_seconds, padding_share
 
 LONGEST_WAIT = timedelta(minutes=10)
 
@@ -49,6 +49,7 @@ def take_turns(train_step: Callable[..., Any], batches: list[tuple[Context, Plan
             "lengths": batch.lengths.tolist(),
             "padding_share": padding_share(batch.plan, batch.lengths, context.settings.slice_multiple),
             "plan": json.loads(batch.plan.to_json()),
+            "micro_batch_seconds": micro_batch_seconds(batch.plan, batch.lengths, context.cost_model).tolist(),
         }
         store.set(f"{name}/done/{number}", json.dumps(report))
         return result
