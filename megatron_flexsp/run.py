@@ -42,6 +42,8 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
 
 def _run(cpu: bool, script: str, arguments: list[str]) -> None:
+    if "--cpu" in arguments:
+        raise FlexSPError(f"--cpu belongs before the script: -m megatron_flexsp.run --cpu {script} ...")
     if not os.path.isfile(script):
         raise FlexSPError(f"{script}: no such script; give the path of Megatron-LM's pretrain_gpt.py")
     # What `python SCRIPT ARGUMENTS` would set: a checkout's own megatron package is found first.

@@ -151,7 +151,9 @@ def _refusals(args: argparse.Namespace) -> list[str]:
             args.num_experts or args.expert_model_parallel_size > 1
         ),
         "--attention-dropout other than 0 (Megatron's default is 0.1): the ranks of a group would draw the same "
-        "masks for different heads. Set --attention-dropout 0": args.attention_dropout != 0,
+        "masks for different heads. Set --attention-dropout 0 (--use-checkpoint-args takes the checkpoint's)": (
+            args.attention_dropout != 0
+        ),
         "--transformer-impl transformer_engine (Megatron's default): Transformer Engine's attention is not "
         "supported yet. Set --transformer-impl local": args.transformer_impl != "local",
         "--window-size: sliding-window attention is not supported yet": getattr(args, "window_size", None),
@@ -171,6 +173,19 @@ def _refusals(args: argparse.Namespace) -> list[str]:
         "--tp-comm-overlap: its buffers have one size, micro-batches have many": args.tp_comm_overlap,
         "--dataloader-type other than single: documents are shuffled by the data set": (
             args.dataloader_type not in (None, "single")
+        ),
+        "--spec and --use-kitchen-attention: their attention is not Megatron's own": (
+            args.spec or getattr(args, "use_kitchen_attention", False)
+        ),
+        "--logits-load-dir: the teacher's logits are stored in the order of Megatron's own samples": (
+            getattr(args, "logits_load_dir", None)
+        ),
+        "--tensor-parallel-num-weight-shards: it is not supported": (
+            getattr(args, "tensor_parallel_num_weight_shards", None) not in (None, 1)
+        ),
+        "--inprocess-restart: it is not supported yet": getattr(args, "inprocess_restart", False),
+        "--no-align-grad-reduce: ranks of a pipeline that end at different times would wait for each other": (
+            not getattr(args, "align_grad_reduce", True)
         ),
         "--iterations-to-skip: it is not supported": args.iterations_to_skip,
         "--full-validation and --multiple-validation-sets: they are not supported yet": (

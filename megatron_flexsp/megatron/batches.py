@@ -1,7 +1,7 @@
 """Global batches ahead of time: lengths from the index, a plan from the planning process, this rank's slices.
 
-The iterator that Megatron's training loop is handed yields one ``PlannedBatch`` for each step. The next
-step's plan is shared and its slices are being read while the current one trains.
+The iterator that Megatron's training loop is handed yields one ``PlannedBatch`` for each step. The coming
+steps' plans are shared and their slices read while the current one trains.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_flexsp.planner.service import PendingPlan, PlanningService
 from megatron_flexsp.runtime import PackLayout
 
 _BATCHES_IN_HAND = 2
-"""The step that is handed out and the one whose slices are being read."""
+"""Batches whose plans all ranks have and whose slices are read or being read."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class PlannedBatches:
         planner: PlanningService | None,
         plan_ahead: int,
     ) -> None:
-        self._source = source
+        self.source = source
         self._reader = reader
         self._channel = channel
         self._batches = batches
@@ -170,8 +170,8 @@ class PlannedBatches:
         return self
 
     def __next__(self) -> PlannedBatch:
-        while len(self._reading) < _BATCHES_IN_HAND and self._planning:
-            self._share_next()
+        if not self._reading:
+            self.prepare()
         if not self._reading:
             raise StopIteration
         lengths, plan, waited_for_plan, slices = self._reading.popleft()
@@ -180,9 +180,17 @@ class PlannedBatches:
         waited_for_data = time.perf_counter() - started
         return PlannedBatch(lengths, plan, micro_batches, waited_for_plan, waited_for_data)
 
+    def prepare(self) -> None:
+        """Share the coming plans and begin to read their slices. Collective, as ``__next__`` is.
+
+        Call it when the step's work is launched: what is shared then is for the steps after the next one.
+        """
+        while len(self._reading) < _BATCHES_IN_HAND and self._planning:
+            self._share_next()
+
     def _start_planning(self) -> None:
         while len(self._planning) < self._plan_ahead and (samples := next(self._batches, None)) is not None:
-            lengths = self._source.lengths(np.arange(samples.start, samples.stop))
+            lengths = self.source.lengths(np.arange(samples.start, samples.stop))
             pending = None if self._planner is None else self._planner.submit(lengths)
             self._planning.append((samples, lengths, pending))
 

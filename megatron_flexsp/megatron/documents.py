@@ -124,6 +124,19 @@ def _check_files(prefix: str) -> None:
         )
 
 
+def _refuse_overlong(documents: StoredDocuments | MockDocuments, name: str, limit: int) -> None:
+    """Every rank looks for itself: an error on the one that builds a split first would leave the others waiting."""
+    predicted = documents.token_counts(np.arange(len(documents))) - 1
+    others = np.count_nonzero(predicted > limit) - 1
+    if others < 0:
+        return
+    worst = int(np.argmax(predicted))
+    raise FlexSPError(
+        f"{name}: document {worst} has {predicted[worst]} tokens to predict, more than --seq-length {limit}, and so "
+        f"have {others} others. Raise --seq-length, or choose --flexsp-overlong split, truncate or drop"
+    )
+
+
 class DocumentDataset(MegatronDataset):
     """One split of one data set; sample i is a piece of a document, in shuffled order.
 
@@ -158,10 +171,15 @@ class DocumentDataset(MegatronDataset):
     def build_low_level_dataset(
         dataset_path: str | None, config: DocumentDatasetConfig
     ) -> StoredDocuments | MockDocuments:
+        documents: StoredDocuments | MockDocuments
         if dataset_path is None:
             assert config.mock_documents is not None
-            return config.mock_documents
-        return StoredDocuments(dataset_path, config)
+            documents = config.mock_documents
+        else:
+            documents = StoredDocuments(dataset_path, config)
+        if config.overlong == "error":
+            _refuse_overlong(documents, dataset_path or "mock data", config.sequence_length)
+        return documents
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -221,14 +239,7 @@ class DocumentDataset(MegatronDataset):
         """How many sequences the documents up to each one become."""
         predicted, limit = self._predicted(), self.config.sequence_length
         too_long = predicted > limit
-        if self.config.overlong == "error" and too_long.any():
-            worst = int(np.argmax(predicted))
-            raise FlexSPError(
-                f"{self.name}: document {self._first_document + worst} has {predicted[worst]} tokens to predict, more "
-                f"than --seq-length {limit}, and so have {np.count_nonzero(too_long) - 1} others. Raise --seq-length, "
-                "or choose --flexsp-overlong split, truncate or drop"
-            )
-        if self.config.overlong == "split":
+        if self.config.overlong in ("split", "error"):
             pieces = np.maximum(-(-predicted // limit), 0)
         else:
             pieces = (predicted >= 1).astype(np.int64)
@@ -298,6 +309,11 @@ class SampleSource:
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return " + ".join(part.name for part in self.parts)
 
     @property
     def parts(self) -> list[DocumentDataset]:

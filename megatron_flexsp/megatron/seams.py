@@ -27,8 +27,8 @@ class Seam:
     parameters: tuple[str, ...]
     """Parameters that the replacement relies on, by name."""
 
-    replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
-    """Takes the original and returns what stands in its place."""
+    replacement: Callable[[Callable[..., Any]], Callable[..., Any]] | None
+    """Takes the original and returns what stands in its place. None where the original is only called."""
 
     reason: str
 
@@ -51,10 +51,11 @@ class Seam:
             raise FlexSPError(f"Megatron {version()}: {self.target} is not there ({error}). {_REMEDY}") from None
         found = inspect.signature(original).parameters
         missing = [parameter for parameter in self.parameters if parameter not in found]
-        if missing:
+        in_order = [parameter for parameter in found if parameter in self.parameters]
+        if missing or tuple(in_order) != self.parameters:
             raise FlexSPError(
-                f"Megatron {version()}: {self.target} takes ({', '.join(found)}), without {', '.join(missing)}. "
-                f"{_REMEDY}"
+                f"Megatron {version()}: {self.target} takes ({', '.join(found)}), expected "
+                f"({', '.join(self.parameters)}) among them. {_REMEDY}"
             )
         return owner, name, original
 
@@ -85,4 +86,5 @@ def install(seams: Sequence[Seam]) -> None:
     """Check all seams, then put them in place."""
     places = [(seam, *seam.resolve()) for seam in seams]
     for seam, owner, name, original in places:
-        setattr(owner, name, seam.replacement(original))
+        if seam.replacement is not None:
+            setattr(owner, name, seam.replacement(original))

@@ -31,6 +31,10 @@ _START_SECONDS = 30.0
 """What a new process may take to answer for the first time."""
 
 
+class _ProcessGoneError(Exception):
+    """The planning process no longer answers: its end of the pipe is closed."""
+
+
 @dataclass(frozen=True)
 class PlanRequest:
     """Everything about a run's plans but the lengths: the arguments of ``plan`` and the laws to check."""
@@ -67,7 +71,8 @@ class PendingPlan:
     """A batch that is being planned."""
 
     lengths: NDArray[np.int64]
-    answer: "Future[Plan]"
+    worker: "_Worker"
+    answer: "Future[Plan]" = field(default_factory=Future)
 
 
 class PlanningService:
@@ -94,7 +99,9 @@ class PlanningService:
 
     def submit(self, lengths: NDArray[np.int64]) -> PendingPlan:
         """Begin to plan a batch."""
-        return PendingPlan(lengths, self._worker.submit(lengths))
+        pending = PendingPlan(lengths, self._worker)
+        self._worker.submit(pending)
+        return pending
 
     def result(self, pending: PendingPlan) -> Plan:
         """The batch's plan; the quick one if the planning process does not deliver.
@@ -112,13 +119,16 @@ class PlanningService:
         except FlexSPError:
             raise
         except TimeoutError:
+            pending.answer.cancel()  # if it has not begun, it need not
             self._fall_back("is late")
             if self._worker.busy_seconds > self._hang_seconds:
                 self._restart()
-        except Exception as error:  # whatever ended the process or spoiled its answer
-            self._fall_back(f"failed ({error or type(error).__name__})")
-            if not self._worker.is_alive:
+        except _ProcessGoneError as error:
+            self._fall_back(f"died ({error})")
+            if pending.worker is self._worker:
                 self._restart()
+        except Exception as error:  # a mistake in the planner must not end the training
+            self._fall_back(f"failed ({type(error).__name__}: {error})")
         return self._request.make(pending.lengths, quick=True)
 
     def close(self) -> None:
@@ -160,10 +170,6 @@ class _Worker:
         threading.Thread(target=self._ask, args=(request,), name="flexsp-planner", daemon=True).start()
 
     @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    @property
     def age_seconds(self) -> float:
         return time.monotonic() - self._started
 
@@ -173,11 +179,9 @@ class _Worker:
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def submit(self, lengths: NDArray[np.int64]) -> "Future[Plan]":
+    def submit(self, pending: PendingPlan) -> None:
         """Queue a batch."""
-        pending = PendingPlan(lengths, Future())
         self._batches.put(pending)
-        return pending.answer
 
     def _ask(self, request: PlanRequest) -> None:
         """Hand over one batch after the other and wait for each plan."""
@@ -188,6 +192,8 @@ class _Worker:
             failure = error
         while True:
             pending = self._batches.get()
+            if not pending.answer.set_running_or_notify_cancel():
+                continue
             if failure is None:
                 self._busy_since = time.monotonic()
                 try:
@@ -197,7 +203,7 @@ class _Worker:
                     failure = error
                 self._busy_since = None
             if failure is not None:
-                pending.answer.set_exception(failure)
+                pending.answer.set_exception(_ProcessGoneError(failure or type(failure).__name__))
                 continue
             self.has_answered = True
             if isinstance(answer, Plan):

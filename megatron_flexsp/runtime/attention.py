@@ -33,6 +33,11 @@ def packed_causal_attention(
         ``out_ThD``
     """
     grouped = q_ThD.shape[1] != k_TgD.shape[1]
+    if grouped and q_ThD.is_cuda and q_ThD.dtype == torch.float32:
+        # The one kernel for 32 bits that needs no square of the length takes no grouped heads.
+        repeats = q_ThD.shape[1] // k_TgD.shape[1]
+        k_TgD, v_TgD = (x.repeat_interleave(repeats, dim=1) for x in (k_TgD, v_TgD))
+        grouped = False
     # split(), not slicing: its backward is one concatenation, not a pack-sized tensor of zeros for each.
     segments = zip(*(x.split(tuple(segment_lengths)) for x in (q_ThD, k_TgD, v_TgD)), strict=True)
     outputs = []

@@ -24,9 +24,11 @@ Refused = Callable[..., str]
 def refused(torchrun: Callable, documents: Path) -> Refused:
     """Run a job that must be refused, and give the message that it printed."""
 
-    def run(nproc: int, *arguments: str, data: Path | None = None, script: Path = SCRIPT) -> str:
+    def run(nproc: int, *arguments: str, data: Path | None = None, script: Path = SCRIPT, cpu: bool = True) -> str:
         job = [str(script), *JOB, "--data-path", str(data or documents), "--flexsp", *arguments]
-        done = torchrun(nproc, "-m", "megatron_flexsp.run", "--cpu", *job, timeout_seconds=90, check=False)
+        done = torchrun(
+            nproc, "-m", "megatron_flexsp.run", *(["--cpu"] if cpu else []), *job, timeout_seconds=90, check=False
+        )
         assert done.returncode != 0, done.stdout
         assert done.stderr.count(ERROR) == 1, done.stderr
         assert ERROR not in done.stdout
@@ -47,7 +49,7 @@ def test_an_unsupported_megatron(refused: Refused, tmp_path: Path) -> None:
         (package / "__init__.py").touch()
     (core / "package_info.py").write_text('__version__ = "0.16.0"\n')
     script = Path(shutil.copy(SCRIPT, tmp_path))
-    assert refused(2, script=script) == (
+    assert refused(2, script=script, cpu=False) == (
         "Megatron 0.16.0 is not supported. This version of megatron-flexsp works with Megatron 0.18 and 0.19."
     )
 
@@ -86,7 +88,7 @@ def test_a_truncated_index(refused: Refused, documents: Path, tmp_path: Path) ->
 
 def test_an_overlong_document_under_error(refused: Refused, documents: Path) -> None:
     message = refused(2, "--flexsp-overlong", "error")
-    assert f"{documents} (train): document 57 has 119 tokens to predict, more than --seq-length 48" in message
+    assert f"{documents}: document 57 has 119 tokens to predict, more than --seq-length 48" in message
     assert "and so have 2 others" in message
     assert "--flexsp-overlong split, truncate or drop" in message
 

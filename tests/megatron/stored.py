@@ -9,7 +9,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
 
-from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, StoredDocuments
+from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig
 
 Documents = Sequence[Sequence[int]]
 """The lengths of each document's sequences; Megatron's preprocessing makes one of each text or of each sentence."""
@@ -40,7 +40,7 @@ def open_documents(
 ) -> DocumentDataset:
     """All documents of one data set, as the training split."""
     config = configuration(sequence_length, **options)
-    stored = StoredDocuments(str(prefix), config)
+    stored = DocumentDataset.build_low_level_dataset(str(prefix), config)
     return DocumentDataset(stored, str(prefix), np.arange(len(stored)), num_samples, Split.train, config)
 
 

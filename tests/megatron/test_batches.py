@@ -64,7 +64,7 @@ class TestSliceReader:
         lengths = source.lengths(np.array(samples))
         texts = [source.read(sample, 0, int(n) + 1) for sample, n in zip(samples, lengths, strict=True)]
         by_rank = [
-            iter(SliceReader(source, rank, slice_multiple, True, False).read(PLAN, samples, lengths))
+            iter(SliceReader(source, rank, slice_multiple, True, None).read(PLAN, samples, lengths))
             for rank in range(4)
         ]
         for item in PLAN.micro_batches:
@@ -88,8 +88,8 @@ class TestSliceReader:
     def test_reads_no_token_in_the_middle_of_a_pipeline(self, source: SampleSource) -> None:
         samples = range(FIRST_SAMPLE, FIRST_SAMPLE + 6)
         lengths = source.lengths(np.array(samples))
-        full = SliceReader(source, 1, 1, True, False).read(PLAN, samples, lengths)
-        bare = SliceReader(source, 1, 1, False, False).read(PLAN, samples, lengths)
+        full = SliceReader(source, 1, 1, True, None).read(PLAN, samples, lengths)
+        bare = SliceReader(source, 1, 1, False, None).read(PLAN, samples, lengths)
         assert len(full) == len(bare) == 2
         for with_tokens, without in zip(full, bare, strict=True):
             assert (without.tokens, without.labels, without.loss_mask) == (None, None, None)

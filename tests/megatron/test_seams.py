@@ -35,7 +35,7 @@ def test_a_replacement_gets_the_original(place: ModuleType) -> None:
         ("a_place:gone", (), r"a_place:gone is not there"),
         ("a_place:Layer.gone", (), r"a_place:Layer\.gone is not there"),
         ("no_such_place:number", (), r"no_such_place:number is not there"),
-        ("a_place:Layer.forward", ("query", "mask"), r"forward takes \(self, query, key\), without mask"),
+        ("a_place:Layer.forward", ("query", "mask"), r"forward takes \(self, query, key\), expected \(query, mask\)"),
     ],
 )
 def test_nothing_is_changed_where_one_place_does_not_match(

@@ -17,8 +17,20 @@ from megatron_flexsp.megatron.batches import PlannedBatches, SliceReader, batche
 from megatron_flexsp.megatron.documents import DocumentDataset, SampleSource
 from megatron_flexsp.megatron.mock_documents import MockDocuments
 from megatron_flexsp.megatron.plan_channel import PlanChannel
-from megatron_flexsp.planner import MicroBatch, Plan
+from megatron_flexsp.planner import CostModel, MicroBatch, Plan
+from megatron_flexsp.planner.service import PlanningService, PlanRequest
 from tests.megatron.stored import configuration
+
+COST_MODEL = CostModel(
+    memory_budget_bytes=1.0,
+    model_state_bytes=0.0,
+    activation_bytes_per_token=1.0,
+    attention_seconds_per_token_squared=1e-6,
+    linear_seconds_per_token=1e-4,
+    micro_batch_overhead_seconds=1e-3,
+    exchange_bytes_per_token=1.0,
+    exchange_bandwidth_bytes_per_second={2: 1e4},
+)
 
 
 def plan_for(lengths: np.ndarray) -> Plan:
@@ -35,28 +47,26 @@ def shared(channel: PlanChannel, lengths: list[int], planned: Plan | FlexSPError
         return f"error: {error}"
 
 
-def batches(channel: PlanChannel, rank: int, stop_at: int | None = None) -> list[Any]:
-    """Batches of four of 14 samples; planning fails on the batch with this number."""
-    mock = MockDocuments(np.arange(3, 17), vocabulary=97)
-    source = SampleSource(DocumentDataset(mock, None, np.arange(14), None, Split.train, configuration(12)))
-    made: list[int] = []
+def batches(channel: PlanChannel, rank: int, longest: int) -> list[Any]:
+    """What a rank gets of batches of four of 14 samples, of which one may be too long for any plan.
 
-    def make_plan(lengths: np.ndarray) -> Plan:
-        made.append(len(made))
-        if made[-1] == stop_at:
-            raise FlexSPError("no plan for this one")
-        return plan_for(lengths)
-
-    reader = SliceReader(source, rank, 1, True, False)
+    It asks for one batch more than there are.
+    """
+    mock = MockDocuments(np.array([*range(3, 16), longest]), vocabulary=97)
+    source = SampleSource(DocumentDataset(mock, None, np.arange(14), None, Split.train, configuration(64)))
+    planner = PlanningService(PlanRequest(COST_MODEL, domain_size=2, token_capacity=20)) if rank == 0 else None
+    reader = SliceReader(source, rank, slice_multiple=1, reads_tokens=True, gpu=None)
     seen: list[Any] = []
-    iterator = PlannedBatches(source, reader, channel, batches_from(0, 14, lambda consumed: 4), make_plan, 2)
+    planned = PlannedBatches(source, reader, channel, batches_from(0, 14, lambda consumed: 4), planner, 2)
     try:
-        for batch in iterator:
-            tokens = [int(item.tokens.sum()) for item in batch.micro_batches if item.tokens is not None]
+        for batch in planned:
+            tokens = [[] if item.tokens is None else item.tokens.tolist() for item in batch.micro_batches]
             seen.append([batch.lengths.tolist(), batch.plan.digest(), tokens])
     except FlexSPError as error:
         seen.append(str(error))
-    return [seen, len(made)]
+    if planner is not None:
+        planner.close()
+    return seen
 
 
 def main() -> None:
@@ -70,8 +80,8 @@ def main() -> None:
         "other order": shared(channel, [5, 7, 9] if rank == 0 else [7, 5, 9], plan),
         "no plan": shared(channel, [5, 7, 9], FlexSPError("sequence 2 is too long")),
         "plan again": shared(channel, [5, 7, 9], plan),
-        "batches": batches(channel, rank),
-        "batches that stop": batches(channel, rank, stop_at=2),
+        "batches": batches(channel, rank, longest=16),
+        "batches that stop": batches(channel, rank, longest=41),
     }
     if rank == 1:
         Plan.digest = lambda self: "what another version would compute"  # type: ignore[method-assign]
