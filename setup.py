@@ -28,7 +28,14 @@ EXTRAS = {
         "psutil>=5.9,<8",  # saving a torch_dist checkpoint
         "PyYAML>=6,<7",  # importing megatron.training, in 0.18
     ],
-    "test": ["hypothesis>=6.100,<7", "mypy>=1.13,<3", "psutil>=5.9,<8", "pytest>=8,<10", "ruff>=0.9,<1"],
+    "test": [
+        "hypothesis>=6.100,<7",
+        "mypy>=1.13,<3",
+        "psutil>=5.9,<8",
+        "pytest>=8,<10",
+        "ruff>=0.9,<1",
+        "tensorboard>=2.16,<3",
+    ],
 }
 
 setup(

@@ -154,6 +154,8 @@ def _refusals(args: argparse.Namespace) -> list[str]:
         "masks for different heads. Set --attention-dropout 0 (--use-checkpoint-args takes the checkpoint's)": (
             args.attention_dropout != 0
         ),
+        "--hidden-dropout other than 0 (Megatron's default is 0.1): what is dropped would depend on the plan, and a "
+        "resumed run would drop something else. Set --hidden-dropout 0": (args.hidden_dropout != 0),
         "--transformer-impl transformer_engine (Megatron's default): Transformer Engine's attention is not "
         "supported yet. Set --transformer-impl local": args.transformer_impl != "local",
         "--window-size: sliding-window attention is not supported yet": getattr(args, "window_size", None),

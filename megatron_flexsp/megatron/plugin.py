@@ -17,9 +17,8 @@ def install(command_line: Sequence[str]) -> None:
     Raises
     ------
     FlexSPError
-        If this Megatron is not one that the package was written for.
+        If a place that is to be changed is not as expected.
     """
-    seams.check_version()
     seams.install([_flags_seam()])
     if "--flexsp" in command_line:
         _install_training()

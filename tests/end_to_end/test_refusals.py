@@ -49,7 +49,7 @@ def test_an_unsupported_megatron(refused: Refused, tmp_path: Path) -> None:
         (package / "__init__.py").touch()
     (core / "package_info.py").write_text('__version__ = "0.16.0"\n')
     script = Path(shutil.copy(SCRIPT, tmp_path))
-    assert refused(2, script=script, cpu=False) == (
+    assert refused(2, script=script) == (
         "Megatron 0.16.0 is not supported. This version of megatron-flexsp works with Megatron 0.18 and 0.19."
     )
 

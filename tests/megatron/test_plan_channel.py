@@ -38,9 +38,7 @@ def test_the_channel_outlives_an_error(two_processes: Seen) -> None:
 
 
 def test_all_ranks_run_the_same_batches_each_its_own_part(two_processes: Seen) -> None:
-    (*first, end), (*second, end_elsewhere) = (seen["batches"] for seen in two_processes)
-    assert end == end_elsewhere
-    assert "its 14 sequences are used up" in end
+    first, second = (seen["batches"] for seen in two_processes)
     assert [batch[:2] for batch in first] == [batch[:2] for batch in second]
     assert [len(lengths) for lengths, _, _ in first] == [4, 4, 4], "an incomplete batch is left out"
     assert all(mine != theirs for (_, _, mine), (_, _, theirs) in zip(first, second, strict=True))

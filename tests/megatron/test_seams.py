@@ -49,12 +49,12 @@ def test_nothing_is_changed_where_one_place_does_not_match(
 
 @pytest.mark.parametrize("version", ["0.16.0", "0.17.1", "0.20.0rc1", "1.18.0"])
 def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.core.package_info.__version__", version)
+    monkeypatch.setattr(seams, "version", lambda: version)
     with pytest.raises(FlexSPError, match=rf"Megatron {version} is not supported\. .*0\.18 and 0\.19"):
         seams.check_version()
 
 
 @pytest.mark.parametrize("version", ["0.18.2", "0.19.0rc4", "0.19.2+local"])
 def test_supported_versions_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron.core.package_info.__version__", version)
+    monkeypatch.setattr(seams, "version", lambda: version)
     seams.check_version()

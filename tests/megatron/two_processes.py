@@ -48,10 +48,7 @@ def shared(channel: PlanChannel, lengths: list[int], planned: Plan | FlexSPError
 
 
 def batches(channel: PlanChannel, rank: int, longest: int) -> list[Any]:
-    """What a rank gets of batches of four of 14 samples, of which one may be too long for any plan.
-
-    It asks for one batch more than there are.
-    """
+    """What a rank gets of batches of four of 14 samples, of which one may be too long for any plan."""
     mock = MockDocuments(np.array([*range(3, 16), longest]), vocabulary=97)
     source = SampleSource(DocumentDataset(mock, None, np.arange(14), None, Split.train, configuration(64)))
     planner = PlanningService(PlanRequest(COST_MODEL, domain_size=2, token_capacity=20)) if rank == 0 else None
