@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 JOB = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 8 --seq-length 48 --max-position-embeddings 128
-    --global-batch-size 24 --attention-dropout 0 --transformer-impl local --calculate-per-token-loss --flexsp
+    --global-batch-size 24 --attention-dropout 0 --hidden-dropout 0 --transformer-impl local --calculate-per-token-loss --flexsp
 """
 
 

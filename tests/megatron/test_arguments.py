@@ -53,6 +53,7 @@ class TestCompatibility:
             ("--num-experts 4", "--num-experts"),
             ("--expert-model-parallel-size 2", "--expert-model-parallel-size"),
             ("--attention-dropout 0.1", "--attention-dropout other than 0"),
+            ("--hidden-dropout 0.1", "--hidden-dropout other than 0"),
             ("--transformer-impl transformer_engine", "--transformer-impl transformer_engine"),
             ("--cuda-graph-impl local", "CUDA graphs"),
             ("--window-size 4,0", "--window-size"),
