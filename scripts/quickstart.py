@@ -69,8 +69,8 @@ class Corpus:
 
 
 CORPORA = (
-    Corpus("files", "Source files of Python's standard library, as they are", 32),
-    Corpus("web_lengths", "The same text, cut to web-like lengths", 96),
+    Corpus("files", "Source files of Python's standard library, as they are", 24),
+    Corpus("web_lengths", "The same text, cut to web-like lengths", 64),
 )
 
 
