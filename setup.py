@@ -28,7 +28,14 @@ EXTRAS = {
         "psutil>=5.9,<8",  # saving a torch_dist checkpoint
         "PyYAML>=6,<7",  # importing megatron.training, in 0.18
     ],
-    "test": ["hypothesis>=6.100,<7", "mypy>=1.13,<3", "psutil>=5.9,<8", "pytest>=8,<10", "ruff>=0.9,<1"],
+    "test": [
+        "hypothesis>=6.100,<7",
+        "mypy>=1.13,<3",
+        "psutil>=5.9,<8",
+        "pytest>=8,<10",
+        "ruff>=0.9,<1",
+        "tensorboard>=2.16,<3",
+    ],
 }
 
 setup(
@@ -39,6 +46,7 @@ setup(
     license_files=["LICENSE"],
     # megatron-core 0.18.2 and 0.19.2 ask for 3.12 as well.
     python_requires=">=3.12",
+    package_data={"megatron_flexsp.planner": ["cost_models/*.json"]},
     packages=find_packages(include=["megatron_flexsp", "megatron_flexsp.*"]),
     install_requires=BASE,
     extras_require=EXTRAS,

@@ -39,21 +39,29 @@ def main(command_line: Sequence[str] | None = None) -> None:
         _run(options.cpu, options.script, options.arguments)
     except FlexSPError as error:
         _stop(error)
+    except Exception:
+        if "--flexsp" in options.arguments:
+            # Most likely this rank only lost its connection to one that has something to say.
+            _let_rank_0_speak()
+        raise
 
 
 def _run(cpu: bool, script: str, arguments: list[str]) -> None:
+    if "--cpu" in arguments:
+        raise FlexSPError(f"--cpu belongs before the script: -m megatron_flexsp.run --cpu {script} ...")
     if not os.path.isfile(script):
         raise FlexSPError(f"{script}: no such script; give the path of Megatron-LM's pretrain_gpt.py")
     # What `python SCRIPT ARGUMENTS` would set: a checkout's own megatron package is found first.
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
+    from megatron_flexsp.megatron import plugin, seams
+
+    seams.check_version()
     if cpu:
         os.environ["FLEXSP_DEVICE"] = "cpu"
         from megatron_flexsp import cpu as cpu_stand_in
 
         cpu_stand_in.install()
-    from megatron_flexsp.megatron import plugin
-
     plugin.install(arguments)
     runpy.run_path(script, run_name="__main__")
 
@@ -64,11 +72,15 @@ def _stop(error: FlexSPError) -> None:
     Mistakes in flags and files show on every rank at once. The others give the first a moment to speak;
     the launcher then ends them. Where only they have something to say, they still say it.
     """
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        time.sleep(_SECONDS_FOR_RANK_0_TO_SPEAK)
+    _let_rank_0_speak()
     print(f"\nmegatron-flexsp: error: {error}\n", file=sys.stderr, flush=True)
     # Not sys.exit(): a process group's shutdown would wait for ranks that still wait for this one.
     os._exit(2)
+
+
+def _let_rank_0_speak() -> None:
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        time.sleep(_SECONDS_FOR_RANK_0_TO_SPEAK)
 
 
 if __name__ == "__main__":

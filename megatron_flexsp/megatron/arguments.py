@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner import legal_degrees
+from megatron_flexsp.planner import CostModel, legal_degrees
 
 SCHEDULES = ("auto", "nested", "lockstep", "static")
 OVERLONG = ("split", "truncate", "drop", "error")
@@ -92,7 +92,9 @@ class Settings:
     schedule: str
     static_degree: int | None
     degrees: tuple[int, ...]
-    cost_model_path: str | None
+    """Group sizes that plans may use, narrowest first."""
+    cost_model: CostModel | None
+    """The measured one, if a file was given."""
     max_tokens_per_rank: int | None
     overlong: str
     plan_ahead: int
@@ -103,6 +105,7 @@ class Settings:
     """What a rank's slice must divide by: the tensor-parallel size under sequence parallelism."""
     count_multiple: int
     """What a rank's micro-batch count must divide by: the interleaved schedule's group size."""
+    pipeline_stages: int
     micro_batches_in_flight: int
     """Micro-batches whose activations the first pipeline stage holds at once."""
 
@@ -149,7 +152,11 @@ def _refusals(args: argparse.Namespace) -> list[str]:
             args.num_experts or args.expert_model_parallel_size > 1
         ),
         "--attention-dropout other than 0 (Megatron's default is 0.1): the ranks of a group would draw the same "
-        "masks for different heads. Set --attention-dropout 0": args.attention_dropout != 0,
+        "masks for different heads. Set --attention-dropout 0 (--use-checkpoint-args takes the checkpoint's)": (
+            args.attention_dropout != 0
+        ),
+        "--hidden-dropout other than 0 (Megatron's default is 0.1): what is dropped would depend on the plan, and a "
+        "resumed run would drop something else. Set --hidden-dropout 0": (args.hidden_dropout != 0),
         "--transformer-impl transformer_engine (Megatron's default): Transformer Engine's attention is not "
         "supported yet. Set --transformer-impl local": args.transformer_impl != "local",
         "--window-size: sliding-window attention is not supported yet": getattr(args, "window_size", None),
@@ -169,6 +176,19 @@ def _refusals(args: argparse.Namespace) -> list[str]:
         "--tp-comm-overlap: its buffers have one size, micro-batches have many": args.tp_comm_overlap,
         "--dataloader-type other than single: documents are shuffled by the data set": (
             args.dataloader_type not in (None, "single")
+        ),
+        "--spec and --use-kitchen-attention: their attention is not Megatron's own": (
+            args.spec or getattr(args, "use_kitchen_attention", False)
+        ),
+        "--logits-load-dir: the teacher's logits are stored in the order of Megatron's own samples": (
+            getattr(args, "logits_load_dir", None)
+        ),
+        "--tensor-parallel-num-weight-shards: it is not supported": (
+            getattr(args, "tensor_parallel_num_weight_shards", None) not in (None, 1)
+        ),
+        "--inprocess-restart: it is not supported yet": getattr(args, "inprocess_restart", False),
+        "--no-align-grad-reduce: ranks of a pipeline that end at different times would wait for each other": (
+            not getattr(args, "align_grad_reduce", True)
         ),
         "--iterations-to-skip: it is not supported": args.iterations_to_skip,
         "--full-validation and --multiple-validation-sets: they are not supported yet": (
@@ -212,12 +232,10 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         ("--flexsp-solver-time-limit", args.flexsp_solver_time_limit, 0),
         ("--flexsp-max-tokens-per-rank", args.flexsp_max_tokens_per_rank, 1),
     ):
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # nan is not
             raise FlexSPError(f"{flag} {value}: must be at least {least}")
     if args.flexsp_static_degree is not None and args.flexsp_schedule != "static":
         raise FlexSPError("--flexsp-static-degree needs --flexsp-schedule static")
-    if args.flexsp_schedule == "lockstep":
-        raise FlexSPError("--flexsp-schedule lockstep is not available yet: use nested or static")
     if args.flexsp_mock_lengths is not None and not args.mock_data:
         raise FlexSPError("--flexsp-mock-lengths needs --mock-data")
 
@@ -234,11 +252,12 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         # The first stage runs this many forward chunks before its first backward frees one, in units
         # of a whole stage (schedules.py, get_pp_rank_microbatches).
         in_flight = -(-(2 * (pipeline_size - 1) + (chunks - 1) * count_multiple + 1) // chunks)
+    cost_model = None if args.flexsp_cost_model is None else CostModel.load(args.flexsp_cost_model)
     return Settings(
         schedule="nested" if args.flexsp_schedule == "auto" else args.flexsp_schedule,
         static_degree=args.flexsp_static_degree,
-        degrees=_degrees(args, domain_size),
-        cost_model_path=args.flexsp_cost_model,
+        degrees=_degrees(args, domain_size, cost_model),
+        cost_model=cost_model,
         max_tokens_per_rank=args.flexsp_max_tokens_per_rank,
         overlong=args.flexsp_overlong,
         plan_ahead=args.flexsp_plan_ahead,
@@ -247,31 +266,44 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         domain_size=domain_size,
         slice_multiple=args.tensor_model_parallel_size if args.sequence_parallel else 1,
         count_multiple=count_multiple,
+        pipeline_stages=pipeline_size,
         micro_batches_in_flight=in_flight,
     )
 
 
-def _degrees(args: argparse.Namespace, domain_size: int) -> tuple[int, ...]:
-    """The group sizes that the domain and the heads allow; asked-for ones are checked, not dropped."""
-    heads = args.num_attention_heads // args.tensor_model_parallel_size
+def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel | None) -> tuple[int, ...]:
+    """The group sizes that domain, heads and cost model allow; asked-for ones are checked, not dropped."""
     legal = legal_degrees(domain_size)
-    asked = {"--flexsp-static-degree": (args.flexsp_static_degree,) if args.flexsp_static_degree else ()}
-    asked["--flexsp-degrees"] = _parse_degrees(args.flexsp_degrees) if args.flexsp_degrees else ()
-    for flag, degrees in asked.items():
-        for degree in degrees:
-            if degree not in legal:
-                raise FlexSPError(
-                    f"{flag}: {degree} is not a group size here. A group has a power of two of ranks, at most the "
-                    f"{domain_size} data-parallel ranks, or all {domain_size}"
-                )
-            if heads % degree:
-                raise FlexSPError(
-                    f"{flag}: {degree} ranks can't share {heads} attention heads evenly "
-                    f"(--num-attention-heads {args.num_attention_heads} / --tensor-model-parallel-size "
-                    f"{args.tensor_model_parallel_size}). Ask for a degree that divides them"
-                )
-    chosen = asked["--flexsp-degrees"] or [degree for degree in legal if heads % degree == 0]
-    return tuple(sorted(set(chosen)))
+    heads = args.num_attention_heads // args.tensor_model_parallel_size
+    asked: tuple[int, ...]
+    if args.flexsp_static_degree is not None:
+        flag, asked = "--flexsp-static-degree", (args.flexsp_static_degree,)
+    elif args.flexsp_degrees is not None:
+        flag, asked = "--flexsp-degrees", _parse_degrees(args.flexsp_degrees)
+    else:
+        return tuple(degree for degree in legal if heads % degree == 0 and _has_bandwidth(cost_model, degree))
+    for degree in asked:
+        if degree not in legal:
+            raise FlexSPError(
+                f"{flag}: {degree} is not a group size here. A group has a power of two of ranks, at most the "
+                f"{domain_size} data-parallel ranks, or all {domain_size}"
+            )
+        if heads % degree:
+            raise FlexSPError(
+                f"{flag}: {degree} ranks can't share {heads} attention heads evenly (--num-attention-heads "
+                f"{args.num_attention_heads} / --tensor-model-parallel-size {args.tensor_model_parallel_size}). Ask "
+                "for a degree that divides them"
+            )
+        if not _has_bandwidth(cost_model, degree):
+            raise FlexSPError(
+                f"{flag}: {args.flexsp_cost_model} has no bandwidth for {degree} ranks. Measure it, or leave the "
+                "degree out"
+            )
+    return tuple(sorted(set(asked)))
+
+
+def _has_bandwidth(cost_model: CostModel | None, degree: int) -> bool:
+    return degree == 1 or cost_model is None or degree in cost_model.exchange_bandwidth_bytes_per_second
 
 
 def _parse_degrees(text: str) -> tuple[int, ...]:

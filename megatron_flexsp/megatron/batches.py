@@ -1,7 +1,7 @@
-"""Global batches ahead of time: lengths from the index, a plan from the background, then this rank's slices.
+"""Global batches ahead of time: lengths from the index, a plan from the planning process, this rank's slices.
 
-The iterator that Megatron's training loop is handed yields one ``PlannedBatch`` for each step. The next
-step's plan is shared and its slices are being read while the current one trains.
+The iterator that Megatron's training loop is handed yields one ``PlannedBatch`` for each step. The coming
+steps' plans are shared and their slices read while the current one trains.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.documents import SampleSource
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import MicroBatch, Plan
+from megatron_flexsp.planner.service import PendingPlan, PlanningService
 from megatron_flexsp.runtime import PackLayout
 
-MakePlan = Callable[[NDArray[np.int64]], Plan]
-
 _BATCHES_IN_HAND = 2
-"""The step that is handed out and the one whose slices are being read."""
+"""Batches whose plans all ranks have and whose slices are read or being read."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class SliceReader:
         What a slice must divide by.
     reads_tokens
         False in the middle of a pipeline, where only lengths matter.
-    pin_memory
-        Whether tensors go to a GPU.
+    gpu
+        The CUDA device that the tensors go to, so that they are pinned for it; None without one.
     """
 
     def __init__(
@@ -78,13 +77,18 @@ class SliceReader:
         domain_rank: int,
         slice_multiple: int,
         reads_tokens: bool,
-        pin_memory: bool,
+        gpu: int | None,
     ) -> None:
         self._source = source
         self._domain_rank = domain_rank
         self._slice_multiple = slice_multiple
         self._reads_tokens = reads_tokens
-        self._pin_memory = pin_memory
+        self._gpu = gpu
+
+    def start_thread(self) -> None:
+        """Prepare a thread that reads: a new one would pin for device 0, and take memory there."""
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
 
     def read(self, plan: Plan, samples: range, lengths: NDArray[np.int64]) -> list[LocalMicroBatch]:
         """What this rank runs, in order."""
@@ -122,7 +126,7 @@ class SliceReader:
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
         tensor = torch.from_numpy(array)
-        return tensor.pin_memory() if self._pin_memory else tensor
+        return tensor if self._gpu is None else tensor.pin_memory()
 
 
 class PlannedBatches:
@@ -136,8 +140,8 @@ class PlannedBatches:
         Lengths; slices; the way that plans reach all ranks.
     batches
         The samples of each coming batch.
-    make_plan
-        Called on the planning rank, in a thread of its own.
+    planner
+        Makes the plans; on the planning rank only.
     plan_ahead
         Batches that are planned before they are needed.
     """
@@ -148,28 +152,26 @@ class PlannedBatches:
         reader: SliceReader,
         channel: PlanChannel,
         batches: Iterator[range],
-        make_plan: MakePlan,
+        planner: PlanningService | None,
         plan_ahead: int,
     ) -> None:
-        self._source = source
+        self.source = source
         self._reader = reader
         self._channel = channel
         self._batches = batches
-        self._make_plan = make_plan
+        self._planner = planner
         self._plan_ahead = plan_ahead
-        self._planning: deque[tuple[range, NDArray[np.int64], Future[Plan] | None]] = deque()
+        self._planning: deque[tuple[range, NDArray[np.int64], PendingPlan | None]] = deque()
         self._reading: deque[tuple[NDArray[np.int64], Plan, float, Future[list[LocalMicroBatch]]]] = deque()
-        # Separate threads: a plan that takes long must not hold up the slices of one that is ready.
-        self._planner_thread = ThreadPoolExecutor(1, "flexsp-planner")
-        self._reader_thread = ThreadPoolExecutor(1, "flexsp-reader")
+        self._reader_thread = ThreadPoolExecutor(1, "flexsp-reader", initializer=reader.start_thread)
         self._start_planning()
 
     def __iter__(self) -> Iterator[PlannedBatch]:
         return self
 
     def __next__(self) -> PlannedBatch:
-        while len(self._reading) < _BATCHES_IN_HAND and self._planning:
-            self._share_next()
+        if not self._reading:
+            self.prepare()
         if not self._reading:
             raise StopIteration
         lengths, plan, waited_for_plan, slices = self._reading.popleft()
@@ -178,20 +180,28 @@ class PlannedBatches:
         waited_for_data = time.perf_counter() - started
         return PlannedBatch(lengths, plan, micro_batches, waited_for_plan, waited_for_data)
 
+    def prepare(self) -> None:
+        """Share the coming plans and begin to read their slices. Collective, as ``__next__`` is.
+
+        Call it when the step's work is launched: what is shared then is for the steps after the next one.
+        """
+        while len(self._reading) < _BATCHES_IN_HAND and self._planning:
+            self._share_next()
+
     def _start_planning(self) -> None:
         while len(self._planning) < self._plan_ahead and (samples := next(self._batches, None)) is not None:
-            lengths = self._source.lengths(np.arange(samples.start, samples.stop))
-            future = self._planner_thread.submit(self._make_plan, lengths) if self._channel.plans_here else None
-            self._planning.append((samples, lengths, future))
+            lengths = self.source.lengths(np.arange(samples.start, samples.stop))
+            pending = None if self._planner is None else self._planner.submit(lengths)
+            self._planning.append((samples, lengths, pending))
 
     def _share_next(self) -> None:
-        samples, lengths, future = self._planning.popleft()
+        samples, lengths, pending = self._planning.popleft()
         self._start_planning()
         started = time.perf_counter()
         planned: Plan | FlexSPError | None = None
-        if future is not None:
+        if self._planner is not None and pending is not None:
             try:
-                planned = future.result()
+                planned = self._planner.result(pending)
             except FlexSPError as error:
                 planned = error
         plan = self._channel.share(lengths, planned)

@@ -10,17 +10,16 @@ import os
 from dataclasses import dataclass
 from datetime import timedelta
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.plan_channel import PlanChannel
-from megatron_flexsp.planner import CostModel, Plan, first_ranks, plan
+from megatron_flexsp.planner import CostModel, first_ranks
+from megatron_flexsp.planner.service import PlanningService, PlanRequest
 from megatron_flexsp.runtime import GroupPool
 
 
@@ -37,63 +36,19 @@ class Context:
     cost_model: CostModel
     token_capacity: int
     """Tokens that one rank can hold in one micro-batch."""
+    static_degree: int | None
+    """The degree of all micro-batches of the static schedule; None for the others."""
     groups: GroupPool
     channel: PlanChannel
     domain_rank: int
-
-    @property
-    def longest_sequence(self) -> int:
-        """Tokens of the longest sequence that the widest group can hold."""
-        degree = max(self.settings.degrees)
-        capacity = self.token_capacity // self.settings.slice_multiple * self.settings.slice_multiple
-        return degree * capacity
-
-    def make_plan(self, lengths: NDArray[np.int64]) -> Plan:
-        """Plan one batch and check the plan's laws."""
-        settings = self.settings
-        made = plan(
-            lengths,
-            self.cost_model,
-            settings.domain_size,
-            schedule=settings.schedule,
-            degrees=settings.degrees,
-            static_degree=settings.static_degree,
-            token_capacity=self.token_capacity,
-            slice_multiple=settings.slice_multiple,
-            count_multiple=settings.count_multiple,
-            time_limit_seconds=settings.solver_time_limit_seconds,
-        )
-        made.validate(
-            lengths,
-            self.token_capacity,
-            slice_multiple=settings.slice_multiple,
-            count_multiple=settings.count_multiple,
-        )
-        return made
-
-    def check_fits(self, longest: int, where: str) -> None:
-        """Refuse a data set whose longest sequence no group can hold.
-
-        Raises
-        ------
-        FlexSPError
-            Naming the length, the capacity and the ways out.
-        """
-        if longest <= self.longest_sequence:
-            return
-        degree = max(self.settings.degrees)
-        raise FlexSPError(
-            f"{where}: a sequence of {longest:,} tokens doesn't fit. The widest group has {degree} ranks with "
-            f"{self.token_capacity:,} tokens each, {self.longest_sequence:,} in all. Lower --seq-length (documents "
-            "are then split), raise --flexsp-max-tokens-per-rank if memory allows, allow wider groups "
-            "(--flexsp-degrees), use more ranks, or recompute activations"
-        )
+    planner: PlanningService | None
+    """Plans in a process of its own; on the planning rank only."""
 
 
 def load_cost_model(args: argparse.Namespace, settings: Settings) -> CostModel:
     """The measured cost model, or an estimate that says that it is one."""
-    if settings.cost_model_path is not None:
-        return CostModel.load(settings.cost_model_path)
+    if settings.cost_model is not None:
+        return settings.cost_model
     gpu = None
     if not on_cpu():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -107,8 +62,21 @@ def load_cost_model(args: argparse.Namespace, settings: Settings) -> CostModel:
     )
 
 
-def build_context(args: argparse.Namespace, settings: Settings) -> Context:
-    """Collective over the world: make the groups and use each of them once."""
+def build_context(args: argparse.Namespace, settings: Settings, longest: int, longest_in: str) -> Context:
+    """Collective over the world: make the groups and use each of them once.
+
+    Parameters
+    ----------
+    args, settings
+        Megatron's validated arguments and the checked flags.
+    longest, longest_in
+        Tokens of the longest sequence that can come, and the data set that it is in.
+
+    Raises
+    ------
+    FlexSPError
+        Where no group can hold the longest sequence.
+    """
     cost_model = load_cost_model(args, settings)
     capacity = settings.max_tokens_per_rank
     if capacity is None:
@@ -118,6 +86,7 @@ def build_context(args: argparse.Namespace, settings: Settings) -> Context:
             "the cost model leaves no memory for activations (memory_budget_bytes - model_state_bytes): give "
             "--flexsp-max-tokens-per-rank, or a cost model that was measured on this cluster"
         )
+    static_degree: int | None = _narrowest_degree(settings, capacity, longest, longest_in)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     domain_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     hosts_group = parallel_state.create_group(
@@ -136,11 +105,48 @@ def build_context(args: argparse.Namespace, settings: Settings) -> Context:
         domain_group=domain_group,
     )
     groups.warm_up("cpu" if on_cpu() else torch.device("cuda", torch.cuda.current_device()))
+    channel = PlanChannel(hosts_group)
+    if settings.schedule != "static":
+        static_degree = None
+    request = PlanRequest(
+        cost_model,
+        settings.domain_size,
+        capacity,
+        slice_multiple=settings.slice_multiple,
+        count_multiple=settings.count_multiple,
+        time_limit_seconds=settings.solver_time_limit_seconds,
+        options={
+            "schedule": settings.schedule,
+            "degrees": settings.degrees,
+            "static_degree": static_degree,
+            "pipeline_stages": settings.pipeline_stages,
+        },
+    )
     return Context(
         settings=settings,
         cost_model=cost_model,
         token_capacity=capacity,
+        static_degree=static_degree,
         groups=groups,
-        channel=PlanChannel(hosts_group),
+        channel=channel,
         domain_rank=groups.domain.index(dist.get_rank()),
+        planner=PlanningService(request) if channel.plans_here else None,
+    )
+
+
+def _narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in: str) -> int:
+    """The fewest ranks that hold the longest sequence; for a static schedule they must divide the domain."""
+    slice_capacity = capacity // settings.slice_multiple * settings.slice_multiple
+    degrees = settings.degrees
+    if settings.schedule == "static":
+        degrees = tuple(degree for degree in degrees if settings.domain_size % degree == 0)
+    for degree in degrees:
+        if longest <= degree * slice_capacity:
+            return degree
+    widest = max(degrees, default=1)
+    raise FlexSPError(
+        f"{longest_in}: a sequence of {longest:,} tokens doesn't fit. The widest group has {widest} ranks with "
+        f"{capacity:,} tokens each, {widest * slice_capacity:,} in all. Lower --seq-length (longer documents are then "
+        "split), raise --flexsp-max-tokens-per-rank if memory allows, allow wider groups (--flexsp-degrees), use more "
+        "ranks, or recompute activations"
     )

@@ -7,6 +7,7 @@ any Megatron run. Lengths come from the index; tokens are read only for the slic
 from __future__ import annotations
 
 import os
+import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.object_storage_utils import ObjectStorageConfig, is_object_storage_path
 from megatron.core.datasets.utils import Split
@@ -26,6 +27,12 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.mock_documents import MockDocuments
 
 Lengths = NDArray[np.int64]
+
+# An index: magic, version, type of a token, how many sequences, how many documents and one; then each
+# sequence's length, each one's place in the .bin, and each document's first sequence.
+_INDEX_MAGIC = b"MMIDIDX"
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+_LENGTH, _POINTER = struct.Struct("<i"), struct.Struct("<q")
 
 
 @dataclass
@@ -40,6 +47,12 @@ class DocumentDatasetConfig(BlendedMegatronDatasetConfig):
 
     object_storage_cache_path: str | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mock:
+            # Megatron gives each split a third of the documents; here each may have all of them.
+            self.split_matrix = [(0.0, 1.0)] * len(Split)
+
 
 class StoredDocuments:
     """The documents of one ``.bin``/``.idx`` pair: their lengths, and any stretch of their tokens."""
@@ -50,33 +63,15 @@ class StoredDocuments:
                 storage = ObjectStorageConfig(path_to_idx_cache=config.object_storage_cache_path)
                 self._indexed = IndexedDataset(prefix, mmap=False, object_storage_config=storage)
             else:
+                _check_files(prefix)
                 self._indexed = IndexedDataset(prefix, mmap=config.mmap_bin_files)
-        except FileNotFoundError as error:
-            raise FlexSPError(
-                f"--data-path {prefix}: {error.filename or prefix + '.idx/.bin'} is missing; give the path of the data "
-                "set without .idx or .bin"
-            ) from None
+        except FlexSPError as error:
+            raise FlexSPError(f"--data-path {prefix}: {error}") from None
         except Exception as error:  # a broken index shows in many ways
             raise FlexSPError(
-                f"--data-path {prefix}: {prefix}.idx can't be read ({error}); it is truncated or no Megatron index. "
-                "Make the data set again"
+                f"--data-path {prefix}: {prefix}.idx and .bin can't be read ({error}). Make the data set again"
             ) from None
         self._first_sequences = np.asarray(self._indexed.document_indices)
-        self._check_size(prefix)
-
-    def _check_size(self, prefix: str) -> None:
-        index = self._indexed.index
-        if len(self._first_sequences) < 2:
-            raise FlexSPError(f"--data-path {prefix}: {prefix}.idx lists no documents; make the data set again")
-        if is_object_storage_path(prefix):
-            return
-        needed = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
-        found = os.path.getsize(prefix + ".bin")
-        if found < needed:
-            raise FlexSPError(
-                f"--data-path {prefix}: {prefix}.bin has {found} bytes where its index needs {needed}; it is truncated. "
-                "Copy or make it again"
-            )
 
     def __len__(self) -> int:
         return len(self._first_sequences) - 1
@@ -85,12 +80,67 @@ class StoredDocuments:
         """Tokens of each of the documents. A document's sequences lie side by side on disk."""
         index = self._indexed.index
         first, last = self._first_sequences[documents], self._first_sequences[documents + 1] - 1
+        # An empty text becomes a document without sequences, even as the first or the last of a data set.
+        filled = np.flatnonzero(first <= last)
+        first, last = first[filled], last[filled]
         before_last = (index.sequence_pointers[last] - index.sequence_pointers[first]) // index.dtype_size
-        return before_last + index.sequence_lengths[last]
+        counts = np.zeros(len(documents), dtype=np.int64)
+        counts[filled] = before_last + index.sequence_lengths[last]
+        return counts
 
     def read(self, document: int, start: int, count: int) -> NDArray[Any]:
         """``count`` tokens of a document from ``start``."""
         return self._indexed.get(int(self._first_sequences[document]), offset=start, length=count)
+
+
+def _check_files(prefix: str) -> None:
+    """Refuse files that are missing or cut off. Megatron's reader would fail halfway, and leave stacks behind."""
+    index_path, data_path = f"{prefix}.idx", f"{prefix}.bin"
+    for path in (index_path, data_path):
+        if not os.path.isfile(path):
+            raise FlexSPError(f"{path} is missing; give the path of the data set without .idx or .bin")
+    with open(index_path, "rb") as stream:
+        header = stream.read(_INDEX_HEADER.size)
+        if not header.startswith(_INDEX_MAGIC[: len(header)]):
+            raise FlexSPError(f"{index_path} is no Megatron index; make the data set again")
+        sequences = documents = 0
+        needed = _INDEX_HEADER.size
+        if len(header) == needed:
+            _, _, dtype_code, sequences, documents = _INDEX_HEADER.unpack(header)
+            needed += sequences * (_LENGTH.size + _POINTER.size) + documents * _POINTER.size
+        found = os.path.getsize(index_path)
+        if found < needed:
+            raise FlexSPError(
+                f"{index_path} has {found} bytes where its header needs {needed}; it is truncated. Copy or make it "
+                "again"
+            )
+        needed = 0
+        if sequences:
+            stream.seek(_INDEX_HEADER.size + (sequences - 1) * _LENGTH.size)
+            (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
+            stream.seek((sequences - 1) * _POINTER.size, os.SEEK_CUR)
+            (pointer,) = _POINTER.unpack(stream.read(_POINTER.size))
+            needed = pointer + length * DType.size(DType.dtype_from_code(dtype_code))
+    if documents < 2 or needed == 0:
+        raise FlexSPError(f"{index_path} lists no tokens; make the data set again")
+    found = os.path.getsize(data_path)
+    if found < needed:
+        raise FlexSPError(
+            f"{data_path} has {found} bytes where its index needs {needed}; it is truncated. Copy or make it again"
+        )
+
+
+def _refuse_overlong(documents: StoredDocuments | MockDocuments, name: str, limit: int) -> None:
+    """Every rank looks for itself: an error on the one that builds a split first would leave the others waiting."""
+    predicted = documents.token_counts(np.arange(len(documents))) - 1
+    others = np.count_nonzero(predicted > limit) - 1
+    if others < 0:
+        return
+    worst = int(np.argmax(predicted))
+    raise FlexSPError(
+        f"{name}: document {worst} has {predicted[worst]} tokens to predict, more than --seq-length {limit}, and so "
+        f"have {others} others. Raise --seq-length, or choose --flexsp-overlong split, truncate or drop"
+    )
 
 
 class DocumentDataset(MegatronDataset):
@@ -127,10 +177,15 @@ class DocumentDataset(MegatronDataset):
     def build_low_level_dataset(
         dataset_path: str | None, config: DocumentDatasetConfig
     ) -> StoredDocuments | MockDocuments:
+        documents: StoredDocuments | MockDocuments
         if dataset_path is None:
             assert config.mock_documents is not None
-            return config.mock_documents
-        return StoredDocuments(dataset_path, config)
+            documents = config.mock_documents
+        else:
+            documents = StoredDocuments(dataset_path, config)
+        if config.overlong == "error":
+            _refuse_overlong(documents, dataset_path or "mock data", config.sequence_length)
+        return documents
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -169,8 +224,8 @@ class DocumentDataset(MegatronDataset):
         short = np.count_nonzero(predicted < 1)
         overlong = np.count_nonzero(predicted > self.config.sequence_length)
         return (
-            f"{self.name}: {len(predicted):,} documents -> {self._pieces:,} sequences, longest {self.longest:,} tokens; "
-            f"{short:,} too short to predict anything and skipped, {overlong:,} longer than --seq-length "
+            f"{self.name}: {len(predicted):,} documents -> {self._pieces:,} sequences, longest {self.longest:,} "
+            f"tokens; {short:,} too short to predict anything and skipped, {overlong:,} longer than --seq-length "
             f"({self.config.overlong})"
         )
 
@@ -190,14 +245,7 @@ class DocumentDataset(MegatronDataset):
         """How many sequences the documents up to each one become."""
         predicted, limit = self._predicted(), self.config.sequence_length
         too_long = predicted > limit
-        if self.config.overlong == "error" and too_long.any():
-            worst = int(np.argmax(predicted))
-            raise FlexSPError(
-                f"{self.name}: document {self._first_document + worst} has {predicted[worst]} tokens to predict, more "
-                f"than --seq-length {limit}, and so have {np.count_nonzero(too_long) - 1} others. Raise --seq-length, "
-                "or choose --flexsp-overlong split, truncate or drop"
-            )
-        if self.config.overlong == "split":
+        if self.config.overlong in ("split", "error"):
             pieces = np.maximum(-(-predicted // limit), 0)
         else:
             pieces = (predicted >= 1).astype(np.int64)
@@ -228,15 +276,19 @@ class DocumentDataset(MegatronDataset):
         if self.dataset_path is None:
             return build()
         folder = self.config.path_to_cache or os.path.join(self.dataset_path, "cache", type(self).__name__ + "_indices")
-        path = os.path.join(folder, f"{self.unique_description_hash}-{self.index_split.name}-{what}.npy")
-        if not os.path.exists(path) or _is_newer(self.dataset_path + ".idx", path):
+        name = f"{self.unique_description_hash}-{_edition(self.dataset_path)}-{self.index_split.name}-{what}.npy"
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
             _save_whole(path, build())
         return np.load(path, mmap_mode="r")
 
 
-def _is_newer(path: str, than: str) -> bool:
-    """A data set that was made again under the same name has other documents."""
-    return os.path.exists(path) and os.path.getmtime(path) > os.path.getmtime(than)
+def _edition(prefix: str) -> str:
+    """Tells a data set from one that was made again, or copied, under the same name."""
+    if is_object_storage_path(prefix):
+        return "stored"
+    status = os.stat(prefix + ".idx")
+    return f"{status.st_size:x}-{status.st_mtime_ns:x}"
 
 
 def _save_whole(path: str, array: NDArray[Any]) -> None:
@@ -250,7 +302,8 @@ def _save_whole(path: str, array: NDArray[Any]) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise FlexSPError(
-            f"the data set's indices can't be written to {folder} ({error.strerror}): give --data-cache-path a writable folder"
+            f"the data set's indices can't be written to {folder} ({error.strerror}): give --data-cache-path a "
+            "writable folder"
         ) from None
 
 
@@ -262,6 +315,11 @@ class SampleSource:
 
     def __len__(self) -> int:
         return len(self._dataset)
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return " + ".join(part.name for part in self.parts)
 
     @property
     def parts(self) -> list[DocumentDataset]:

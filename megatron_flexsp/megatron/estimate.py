@@ -15,8 +15,8 @@ from megatron_flexsp.planner import CostModel
 _GPU_FLOPS_BY_CAPABILITY = {7: 50e12, 8: 140e12, 9: 400e12, 10: 800e12}
 _CPU_FLOPS = 10e9
 _NODE_BYTES_PER_SECOND, _NETWORK_BYTES_PER_SECOND, _CPU_BYTES_PER_SECOND = 150e9, 20e9, 0.5e9
-_GPU_COLLECTIVE_SECONDS, _CPU_COLLECTIVE_SECONDS = 30e-6, 300e-6
-_GPU_LAYER_SECONDS, _CPU_LAYER_SECONDS = 500e-6, 3e-3
+_GPU_COLLECTIVE_SECONDS, _CPU_COLLECTIVE_SECONDS_PER_RANK = 30e-6, 800e-6
+_GPU_LAYER_SECONDS, _CPU_LAYER_SECONDS = 500e-6, 10e-3
 _USABLE_MEMORY = 0.9
 
 
@@ -68,16 +68,16 @@ def estimate_cost_model(
     state_bytes = weights * (6 + optimizer_bytes)
 
     if gpu is None:
-        flops, layer_seconds, collective_seconds = _CPU_FLOPS, _CPU_LAYER_SECONDS, _CPU_COLLECTIVE_SECONDS
+        flops, layer_seconds = _CPU_FLOPS, _CPU_LAYER_SECONDS
         # A whole number of tokens must survive the division by bytes that finds the capacity.
         budget_bytes = state_bytes + activation_bytes * (args.seq_length * micro_batches_in_flight + 0.5)
     else:
         flops = _GPU_FLOPS_BY_CAPABILITY.get(gpu[0], _GPU_FLOPS_BY_CAPABILITY[10])
-        layer_seconds, collective_seconds = _GPU_LAYER_SECONDS, _GPU_COLLECTIVE_SECONDS
+        layer_seconds = _GPU_LAYER_SECONDS
         budget_bytes = _USABLE_MEMORY * gpu[1]
 
+    exchanges = 4 * layers  # one before and one after each attention, forward and backward
     wide = [degree for degree in degrees if degree > 1]
-    exchanges = 4 * layers
     return CostModel(
         memory_budget_bytes=budget_bytes,
         model_state_bytes=state_bytes,
@@ -89,7 +89,7 @@ def estimate_cost_model(
         exchange_bandwidth_bytes_per_second={
             degree: _bandwidth(degree * tensor_size, ranks_per_node, gpu is None) for degree in wide
         },
-        exchange_latency_seconds={degree: exchanges * collective_seconds for degree in wide},
+        exchange_latency_seconds={degree: exchanges * _latency(degree, gpu is None) for degree in wide},
         note="estimated from the model's arguments, not measured",
     )
 
@@ -98,3 +98,8 @@ def _bandwidth(ranks: int, ranks_per_node: int, cpu: bool) -> float:
     if cpu:
         return _CPU_BYTES_PER_SECOND
     return _NODE_BYTES_PER_SECOND if ranks <= ranks_per_node else _NETWORK_BYTES_PER_SECOND
+
+
+def _latency(degree: int, cpu: bool) -> float:
+    # Processes that share a few cores are woken one after the other.
+    return degree * _CPU_COLLECTIVE_SECONDS_PER_RANK if cpu else _GPU_COLLECTIVE_SECONDS

@@ -53,7 +53,7 @@ def _lognormal(text: str, seed: int) -> NDArray[np.int64]:
     words = dict(word.partition("=")[::2] for word in text.split(","))
     try:
         mean, sigma, least, most = (float(words.pop(key)) for key in _LOGNORMAL_KEYS)
-        if words or not (0 < least <= mean <= most and sigma >= 0):
+        if words or not (0 < least <= mean <= most < np.inf and 0 <= sigma < np.inf):
             raise ValueError
     except (KeyError, ValueError):
         raise FlexSPError(
@@ -74,7 +74,7 @@ def _from_file(path: str) -> NDArray[np.int64]:
         ) from None
     try:
         lengths = np.array([int(word) for word in words], dtype=np.int64)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise FlexSPError(f"--flexsp-mock-lengths {path}: one length on each line, please ({error})") from None
     if not len(lengths) or lengths.min() < 1:
         raise FlexSPError(f"--flexsp-mock-lengths {path}: needs lengths of at least 1")

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import arguments, seams
 from megatron_flexsp.megatron.seams import Seam
 
@@ -16,12 +17,13 @@ def install(command_line: Sequence[str]) -> None:
     Raises
     ------
     FlexSPError
-        If this Megatron is not one that the package was written for.
+        If a place that is to be changed is not as expected.
     """
-    seams.check_version()
     seams.install([_flags_seam()])
     if "--flexsp" in command_line:
         _install_training()
+    elif any(word.startswith("--flexsp-") for word in command_line):
+        raise FlexSPError("there are --flexsp-... flags but no --flexsp, which switches them on: add it")
 
 
 def _flags_seam() -> Seam:
@@ -138,4 +140,8 @@ def _install_training() -> None:
             "turns each token by its position in its document",
         ),
     ]
-    seams.install(planned)
+    called = [
+        Seam("megatron.training.training:update_seqlen_stats_from_cu_seqlens", ("cu_seqlens",), None, "counts FLOPs"),
+        Seam("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", (), None, "is asked"),
+    ]
+    seams.install([*planned, *called])

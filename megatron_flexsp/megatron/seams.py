@@ -7,9 +7,12 @@ that moved something is refused at start-up instead of training something else.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from megatron_flexsp.errors import FlexSPError
@@ -27,8 +30,8 @@ class Seam:
     parameters: tuple[str, ...]
     """Parameters that the replacement relies on, by name."""
 
-    replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
-    """Takes the original and returns what stands in its place."""
+    replacement: Callable[[Callable[..., Any]], Callable[..., Any]] | None
+    """Takes the original and returns what stands in its place. None where the original is only called."""
 
     reason: str
 
@@ -51,9 +54,11 @@ class Seam:
             raise FlexSPError(f"Megatron {version()}: {self.target} is not there ({error}). {_REMEDY}") from None
         found = inspect.signature(original).parameters
         missing = [parameter for parameter in self.parameters if parameter not in found]
-        if missing:
+        in_order = [parameter for parameter in found if parameter in self.parameters]
+        if missing or tuple(in_order) != self.parameters:
             raise FlexSPError(
-                f"Megatron {version()}: {self.target} takes ({', '.join(found)}), without {', '.join(missing)}. {_REMEDY}"
+                f"Megatron {version()}: {self.target} takes ({', '.join(found)}), expected "
+                f"({', '.join(self.parameters)}) among them. {_REMEDY}"
             )
         return owner, name, original
 
@@ -64,13 +69,18 @@ _REMEDY = "This version of megatron-flexsp works with Megatron 0.18 and 0.19."
 def version() -> str:
     """The version of the Megatron that would be imported."""
     try:
-        package_info = importlib.import_module("megatron.core.package_info")
-    except ImportError as error:
-        raise FlexSPError(
-            f"Megatron can't be imported ({error}): install it (pip install 'megatron-flexsp[train]') or run from a "
-            "Megatron-LM checkout"
-        ) from None
-    return str(package_info.__version__)
+        spec = importlib.util.find_spec("megatron.core")
+    except ImportError:
+        spec = None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        # Read, not imported: the stand-in for CUDA must be there before Megatron is.
+        path = Path(folder, "package_info.py")
+        if path.is_file():
+            return str(runpy.run_path(str(path))["__version__"])
+    raise FlexSPError(
+        "Megatron is not there: install it (pip install 'megatron-flexsp[train]') or give the pretrain_gpt.py of a "
+        "Megatron-LM checkout"
+    )
 
 
 def check_version() -> None:
@@ -84,4 +94,5 @@ def install(seams: Sequence[Seam]) -> None:
     """Check all seams, then put them in place."""
     places = [(seam, *seam.resolve()) for seam in seams]
     for seam, owner, name, original in places:
-        setattr(owner, name, seam.replacement(original))
+        if seam.replacement is not None:
+            setattr(owner, name, seam.replacement(original))

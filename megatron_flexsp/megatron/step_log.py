@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 from megatron.training import get_args, get_tensorboard_writer, print_rank_0
 
 from megatron_flexsp.megatron.batches import PlannedBatch
@@ -28,6 +29,7 @@ def log_step(context: Context, batch: PlannedBatch) -> None:
         "waited for data seconds": batch.waited_for_data_seconds,
         "tokens": float(lengths.sum()),
     }
+    quick_plans = 0 if context.planner is None else context.planner.quick_plans
     iteration = get_args().curr_iteration + 1
     if writer is not None:
         for name, value in figures.items():
@@ -35,13 +37,19 @@ def log_step(context: Context, batch: PlannedBatch) -> None:
     if not printing:
         return
     degrees = Counter(item.degree for item in plan.micro_batches if not item.is_filler)
-    counts = [len(plan.micro_batches_of_rank(rank)) for rank in range(plan.domain_size)]
+    begins_and_ends = np.zeros(plan.domain_size + 1, dtype=np.int64)
+    for item in plan.micro_batches:
+        begins_and_ends[item.first_rank] += 1
+        begins_and_ends[item.first_rank + item.degree] -= 1
+    counts = np.cumsum(begins_and_ends[:-1])
     print_rank_0(
         f" [flexsp] iteration {iteration:8d} | {plan.schedule} | micro-batches of each degree: "
         + ", ".join(f"{count} x {degree}" for degree, count in sorted(degrees.items(), reverse=True))
-        + f" | micro-batches a rank: {min(counts)}-{max(counts)} | sequences: {len(lengths)} | tokens: {lengths.sum()}"
+        + f" | micro-batches a rank: {counts.min()}-{counts.max()}"
+        f" | sequences: {len(lengths)} | tokens: {lengths.sum()}"
         f" | predicted balance: {figures['predicted balance']:.1%} | padding: {figures['padding share']:.2%}"
         f" | planning (ms): {plan.solve_seconds * 1e3:.1f}"
         f" | waited for plan (ms): {batch.waited_for_plan_seconds * 1e3:.1f}"
-        f" | waited for data (ms): {batch.waited_for_data_seconds * 1e3:.1f} |"
+        f" | waited for data (ms): {batch.waited_for_data_seconds * 1e3:.1f}"
+        + (f" | quick plans so far, the planner being late or gone: {quick_plans} |" if quick_plans else " |")
     )

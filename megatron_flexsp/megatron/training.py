@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training import training as megatron_training
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -30,6 +31,7 @@ from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetC
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
 from megatron_flexsp.megatron.step_log import log_step
+from megatron_flexsp.planner import Plan
 
 
 class FlexSPTraining:
@@ -39,6 +41,8 @@ class FlexSPTraining:
         self._configured: Settings | None = None
         self._context: Context | None = None
         self._iterators: tuple[PlannedBatches | None, ...] | None = None
+        self._accounted: Plan | None = None
+        self._checked_models: set[Any] = set()
 
     def configure(self, settings: Settings) -> None:
         """Take the checked flags; Megatron has parsed them by now."""
@@ -61,6 +65,8 @@ class FlexSPTraining:
         @functools.wraps(original)
         def pretrain(*args: Any, **kwargs: Any) -> Any:
             bound = inspect.signature(original).bind(*args, **kwargs)
+            if bound.arguments.get("process_non_loss_data_func") is not None:
+                raise FlexSPError("the script passes process_non_loss_data_func to pretrain: it is not supported")
             script_step = bound.arguments["forward_step_func"]
             bound.arguments["train_valid_test_dataset_provider"] = self._dataset_provider()
             bound.arguments["forward_step_func"] = functools.partial(self._forward_step, _script_loss(script_step))
@@ -90,18 +96,26 @@ class FlexSPTraining:
         chunks = len(data_iterator) if isinstance(data_iterator, list) else None
         # Under interleaving every model chunk has an iterator, all of the same object; one batch serves all.
         iterator = data_iterator if chunks is None else data_iterator[0]
-        if iterator is None:
+        planned_batches: PlannedBatches = iterator.iterable  # inside Megatron's RerunDataIterator
+        batch: PlannedBatch | None = next(iterator, None)
+        if batch is None:
             raise FlexSPError(
-                "--eval-iters asks for evaluation but --split leaves no documents for it: give the split a part, or set "
-                "--eval-iters 0"
+                f"{planned_batches.source.name}: its {len(planned_batches.source):,} sequences are used up. A resumed "
+                "run must ask for as many as before: keep --train-iters or --train-samples, --eval-iters, "
+                "--eval-interval and the batch size"
             )
-        batch: PlannedBatch = next(iterator)
         expected = num_microbatches * self._settings.domain_size
         if len(batch.lengths) != expected:
             raise FlexSPError(
-                f"the batch has {len(batch.lengths)} sequences where Megatron expects {expected}: the batch size changed "
-                "in a way that was not foreseen. Resume from the last checkpoint"
+                f"the batch has {len(batch.lengths)} sequences where Megatron expects {expected}: the batch size "
+                "changed in a way that was not foreseen. Resume from the last checkpoint"
             )
+        if not forward_only and batch.plan is not self._accounted:
+            # Once for each batch, though Megatron runs it again where it checks for faults. Before the
+            # schedule, so that copying the lengths waits for nothing.
+            self._account(batch)
+            log_step(self.context, batch)
+            self._accounted = batch.plan
         micro_batches = batch.micro_batches
         result = schedule(
             data_iterator=iter(micro_batches) if chunks is None else [iter(micro_batches) for _ in range(chunks)],
@@ -109,9 +123,8 @@ class FlexSPTraining:
             forward_only=forward_only,
             **others,
         )
-        if not forward_only:
-            self._account(batch)
-            log_step(self.context, batch)
+        # The device is still at work on this step while the hosts agree on the ones after the next.
+        planned_batches.prepare()
         return result
 
     def _account(self, batch: PlannedBatch) -> None:
@@ -129,6 +142,9 @@ class FlexSPTraining:
         self, script_loss: Callable[..., Any], data_iterator: Iterator[LocalMicroBatch], model: Any
     ) -> tuple[Tensor, Callable[..., Any]]:
         """Run the model on the next micro-batch; the script's own loss function follows."""
+        if model not in self._checked_models:
+            _check_attention(model)
+            self._checked_models.add(model)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         item = next(data_iterator)
@@ -160,39 +176,57 @@ class FlexSPTraining:
         return provider
 
     def _build(self, num_samples: tuple[int, int, int]) -> tuple[PlannedBatches | None, ...]:
-        """Collective: groups first, then data, then the iterators over planned batches."""
+        """Collective: data first, then groups, then the iterators over planned batches."""
         args, settings = get_args(), self._settings
-        self._context = build_context(args, settings)
-        _announce(self.context)
         datasets = _build_datasets(args, settings, num_samples)
+        sources = [SampleSource(dataset) if dataset is not None and len(dataset) else None for dataset in datasets]
+        if args.eval_iters and sources[1] is None:
+            raise FlexSPError(
+                f"--eval-iters {args.eval_iters} asks for validation, but --split {args.split} leaves no documents for "
+                "it: give it a part, or set --eval-iters 0"
+            )
+        parts = [part for source in sources if source is not None for part in source.parts]
+        longest = max(parts, key=lambda part: part.longest)
+        self._context = build_context(args, settings, longest.longest, longest.name)
+        _announce(self.context)
+        for part in parts:
+            print_rank_0(f" > [flexsp] {part.describe()}")
         consumed = (args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0)
         sizes = (_train_batch_size, _evaluation_batch_size, _evaluation_batch_size)
-        return tuple(map(self._iterator, datasets, consumed, sizes))
+        return tuple(map(self._iterator, sources, consumed, sizes))
 
-    def _iterator(self, dataset: Any, consumed: int, size_at: Callable[[int], int]) -> PlannedBatches | None:
-        if dataset is None or len(dataset) == 0:
+    def _iterator(
+        self, source: SampleSource | None, consumed: int, size_at: Callable[[int], int]
+    ) -> PlannedBatches | None:
+        if source is None:
             return None
-        settings, context = self._settings, self.context
-        source = SampleSource(dataset)
-        for part in source.parts:
-            print_rank_0(f" > [flexsp] {part.describe()}")
-            context.check_fits(part.longest, part.name)
+        context = self.context
         first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
         reader = SliceReader(
             source,
             context.domain_rank,
-            settings.slice_multiple,
+            context.settings.slice_multiple,
             reads_tokens=first(ignore_virtual=True) or last(ignore_virtual=True),
-            pin_memory=not on_cpu(),
+            gpu=None if on_cpu() else torch.cuda.current_device(),
         )
         return PlannedBatches(
             source,
             reader,
             context.channel,
             batches_from(consumed, len(source), size_at),
-            context.make_plan,
-            settings.plan_ahead,
+            context.planner,
+            context.settings.plan_ahead,
         )
+
+
+def _check_attention(model: Any) -> None:
+    """Refuse a model whose layers would attend over slices without knowing that they are slices."""
+    for name, module in model.named_modules():
+        if name.endswith("core_attention") and type(module) is not DotProductAttention:
+            raise FlexSPError(
+                f"the model's {name} is a {type(module).__name__}; FlexSP works with Megatron's own "
+                "DotProductAttention (--transformer-impl local)"
+            )
 
 
 def _script_loss(script_step: Any) -> Callable[..., Any]:
@@ -229,9 +263,10 @@ def _evaluation_batch_size(consumed: int) -> int:
 
 def _announce(context: Context) -> None:
     settings = context.settings
+    degrees = settings.degrees if context.static_degree is None else (context.static_degree,)
     print_rank_0(
         f" > [flexsp] {settings.schedule} schedule over {settings.domain_size} data-parallel ranks, degrees "
-        f"{', '.join(map(str, settings.degrees))}; {context.token_capacity:,} tokens a rank and micro-batch; "
+        f"{', '.join(map(str, degrees))}; {context.token_capacity:,} tokens a rank and micro-batch; "
         f"{context.groups.communicators} communicators on this rank"
     )
     if context.cost_model.note:

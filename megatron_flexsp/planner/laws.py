@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner.blocks import is_aligned_block, legal_degrees
+from megatron_flexsp.planner.endings import ranks_that_end_early
 
 if TYPE_CHECKING:
     from megatron_flexsp.planner.plans import MicroBatch, Plan
@@ -97,6 +98,16 @@ def check_counts(plan: "Plan", count_multiple: int) -> None:
             raise PlanError(f"rank {rank} runs no micro-batch; every rank runs at least one")
         if count % count_multiple:
             raise PlanError(f"rank {rank} runs {count} micro-batches; expected a multiple of {count_multiple}")
+
+
+def check_endings(plan: "Plan", count_multiple: int) -> None:
+    """No rank ends with a micro-batch that it shares with a rank that runs more (``endings``)."""
+    early = ranks_that_end_early(plan.micro_batches, plan.domain_size, count_multiple)
+    if early.size:
+        raise PlanError(
+            f"rank {early[0]} ends with a micro-batch that it shares with a rank that runs more: it would reduce "
+            f"gradients while they exchange. It needs {count_multiple} filler(s) at its end"
+        )
 
 
 def slice_tokens(total_tokens: int, degree: int, slice_multiple: int) -> int:

@@ -139,6 +139,7 @@ class Plan:
         laws.check_capacity(self, tokens, token_capacity, slice_multiple)
         laws.check_schedule(self)
         laws.check_counts(self, count_multiple)
+        laws.check_endings(self, count_multiple)
 
 
 def _plan_from(data: object) -> Plan:

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner.bounds import lockstep_bound_seconds, nested_bound_seconds
 from megatron_flexsp.planner.cost_model import CostModel
+from megatron_flexsp.planner.endings import ranks_that_end_early
 from megatron_flexsp.planner.exhaustive import best_lockstep, best_nested, is_tiny
 from megatron_flexsp.planner.laws import SCHEDULES
 from megatron_flexsp.planner.lockstep import in_order, search_rounds
@@ -97,7 +98,7 @@ def plan(
     found = Plan(
         domain_size=problem.domain_size,
         schedule=executed_schedule,
-        micro_batches=answer.micro_batches,
+        micro_batches=_with_endings(problem, answer.micro_batches),
         predicted_seconds=math.nan,
         lower_bound_seconds=answer.bound_seconds,
         solve_seconds=math.nan,
@@ -156,6 +157,13 @@ def _lockstep(problem: Problem, deadline: float, seed: int) -> _Answer:
         better, is_complete = best_lockstep(problem, seconds, deadline)
         rounds = rounds if better is None else in_order(problem, better)
     return _Answer(micro_batches_of(problem, rounds), bound_seconds, is_complete, is_cut_short)
+
+
+def _with_endings(problem: Problem, micro_batches: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
+    """The micro-batches, and the fillers with which ranks must end (``endings``); they cost no time."""
+    ranks = ranks_that_end_early(micro_batches, problem.domain_size, problem.count_multiple)
+    fillers = [MicroBatch(int(rank), 1, ()) for rank in ranks for _ in range(problem.count_multiple)]
+    return (*micro_batches, *fillers)
 
 
 def _deadline(started: float, time_limit_seconds: float | None) -> float:

@@ -33,15 +33,18 @@ def packed_causal_attention(
         ``out_ThD``
     """
     grouped = q_ThD.shape[1] != k_TgD.shape[1]
+    if grouped and q_ThD.is_cuda and q_ThD.dtype == torch.float32:
+        # The one kernel for 32 bits that needs no square of the length takes no grouped heads.
+        repeats = q_ThD.shape[1] // k_TgD.shape[1]
+        k_TgD, v_TgD = (x.repeat_interleave(repeats, dim=1) for x in (k_TgD, v_TgD))
+        grouped = False
     # split(), not slicing: its backward is one concatenation, not a pack-sized tensor of zeros for each.
     segments = zip(*(x.split(tuple(segment_lengths)) for x in (q_ThD, k_TgD, v_TgD)), strict=True)
     outputs = []
-    for q, k, v in segments:
+    for segment in segments:
+        q_1hsD, k_1gsD, v_1gsD = (x.transpose(0, 1).unsqueeze(0) for x in segment)
         out_1hsD = F.scaled_dot_product_attention(
-            *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)),
-            is_causal=True,
-            scale=softmax_scale,
-            enable_gqa=grouped,
+            q_1hsD, k_1gsD, v_1gsD, is_causal=True, scale=softmax_scale, enable_gqa=grouped
         )
         outputs.append(out_1hsD.squeeze(0).transpose(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -12,18 +12,19 @@ import torch
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
-MODEL = """
+_MODEL = """
     --num-layers 4 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 48
     --max-position-embeddings 128 --disable-bias-linear --attention-dropout 0 --hidden-dropout 0
     --transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion
     --tokenizer-type NullTokenizer --vocab-size 257 --make-vocab-size-divisible-by 8
-""".split()
-LLAMA = "--position-embedding-type rope --normalization RMSNorm --swiglu".split()
-TRAINING = """
+"""
+LLAMA = ("--position-embedding-type", "rope", "--normalization", "RMSNorm", "--swiglu")
+_TRAINING = """
     --micro-batch-size 1 --global-batch-size 12 --train-iters 5 --lr 1e-2 --lr-decay-style constant
     --calculate-per-token-loss --split 100,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1
     --init-method-std 0.1
-""".split()
+"""
+JOB = (_MODEL + _TRAINING).split()
 
 LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+) .*?grad norm: ([0-9.]+)")
 
@@ -86,7 +87,7 @@ def train(torchrun: Callable, documents: Path, tmp_path: Path) -> Callable[..., 
         result = torchrun(
             nproc,
             *("-m", "megatron_flexsp.run", "--cpu", str(HERE / "prescribed.py")),
-            *(*MODEL, *TRAINING, "--data-path", str(documents), *saving),
+            *(*JOB, "--data-path", str(documents), *saving),
             *("--flexsp", "--flexsp-max-tokens-per-rank", "4096", *arguments),
             env=environment,
             **options,
@@ -107,7 +108,7 @@ def reference(torchrun: Callable, documents: Path, tmp_path_factory: pytest.Temp
             result = torchrun(
                 nproc,
                 str(HERE / "unpacked.py"),
-                *(*MODEL, *TRAINING, "--data-path", str(documents)),
+                *(*JOB, "--data-path", str(documents)),
                 *("--save", str(folder), "--save-interval", "5", "--save-wgrads-interval", "1", *arguments),
             )
             known[nproc, arguments] = Run(result.stdout + result.stderr, folder)

@@ -11,23 +11,38 @@ from pathlib import Path
 import numpy as np
 
 from megatron_flexsp.planner import MicroBatch, Plan
+from megatron_flexsp.planner.service import PlanRequest
 
 
-def prescribed_plan(lengths: np.ndarray, _cost_model: object, domain_size: int, *, schedule: str, **_: object) -> Plan:
-    blocks = [[int(rank) for rank in word.strip("[]")] for word in os.environ["FLEXSP_TEST_PLAN"].split()]
-    sequences: list[list[int]] = [[] for _ in blocks]
-    for position, target in zip(range(len(lengths)), itertools.cycle(sequences), strict=False):
-        target.append(position)
-    micro_batches = tuple(
-        MicroBatch(block[0], len(block), tuple(held)) for block, held in zip(blocks, sequences, strict=True)
-    )
-    return Plan(domain_size, schedule, micro_batches, 1.0, 1.0, 0.0, "heuristic")
+class PrescribedPlans:
+    """In the place of the planning service."""
+
+    quick_plans = 0
+
+    def __init__(self, request: PlanRequest) -> None:
+        self._request = request
+        self._blocks = [[int(rank) for rank in word.strip("[]")] for word in os.environ["FLEXSP_TEST_PLAN"].split()]
+
+    def submit(self, lengths: np.ndarray) -> np.ndarray:
+        return lengths
+
+    def result(self, lengths: np.ndarray) -> Plan:
+        sequences: list[list[int]] = [[] for _ in self._blocks]
+        for position, target in zip(range(len(lengths)), itertools.cycle(sequences), strict=False):
+            target.append(position)
+        micro_batches = tuple(
+            MicroBatch(block[0], len(block), tuple(held)) for block, held in zip(self._blocks, sequences, strict=True)
+        )
+        schedule = self._request.options["schedule"]
+        plan = Plan(self._request.domain_size, schedule, micro_batches, 1.0, 1.0, 0.0, "heuristic")
+        plan.validate(lengths, self._request.token_capacity, count_multiple=self._request.count_multiple)
+        return plan
 
 
 if "FLEXSP_TEST_PLAN" in os.environ:
     from megatron_flexsp.megatron import context
 
-    context.plan = prescribed_plan
+    context.PlanningService = PrescribedPlans
 
 if "FLEXSP_TEST_NO_CHECKPOINT" in os.environ:
     # --save is where Megatron's own --save-wgrads-interval writes gradients; a checkpoint is not wanted.

@@ -21,25 +21,29 @@ INTERLEAVED = (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", "1")
 NESTED = "[0123] [01] [2] [3] [0] [1] [3]"
 UNEQUAL = "[0123] [01] [23] [0] [1] [2] [3] [2] [2] [3]"
 STATIC = "[01] [23] [01] [23] [23]"
+LOCKSTEP = "[0123] [01] [2] [3] [0] [1] [23]"
 EACH_ALONE = "[0] [1] [2] [3] [3]"
 NESTED_2 = "[01] [0] [1] [1]"
 
 
-def assert_equal(run: Run, reference: Run) -> None:
-    tolerance = 1e-5
+def assert_equal_losses(run: Run, reference: Run, tolerance: float = 1e-5) -> None:
     assert run.losses.keys() == reference.losses.keys() == {1, 2, 3, 4, 5}
     for step, loss in reference.losses.items():
         assert run.losses[step] == pytest.approx(loss, rel=tolerance), f"loss of step {step}"
+
+
+def assert_equal(run: Run, reference: Run) -> None:
+    assert_equal_losses(run, reference)
     gradients, expected = run.gradients, reference.gradients
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         difference = (gradients[name] - gradient).abs().max().item()
-        assert difference <= tolerance * gradient.abs().max().item(), f"gradient of {name}"
+        assert difference <= 1e-5 * gradient.abs().max().item(), f"gradient of {name}"
 
 
-@pytest.mark.parametrize("plan", [NESTED, UNEQUAL, STATIC, EACH_ALONE])
+@pytest.mark.parametrize("plan", [NESTED, UNEQUAL, STATIC, LOCKSTEP, EACH_ALONE])
 def test_any_plan_equals_the_unpacked_run(plan: str, train: Callable, reference: Callable) -> None:
-    schedule = "static" if plan == STATIC else "nested"
+    schedule = {STATIC: "static", LOCKSTEP: "lockstep"}.get(plan, "nested")
     run = train(4, *GQA, "--flexsp-schedule", schedule, plan=plan, gradients=True)
     assert_equal(run, reference(1, *GQA))
 
@@ -76,9 +80,18 @@ def test_pipeline(train: Callable, reference: Callable) -> None:
     assert_equal(run, reference(2, *GQA, *PIPELINE))
 
 
+INTERLEAVED_PLAN = "[01] [01] [0] [1] [0] [1] [1] [1]"
+
+
 def test_interleaved_pipeline(train: Callable, reference: Callable) -> None:
-    run = train(4, *GQA, *INTERLEAVED, *OVERLAPS, plan="[01] [01] [0] [1] [0] [1] [1] [1]", gradients=True)
+    run = train(4, *GQA, *INTERLEAVED, plan=INTERLEAVED_PLAN, gradients=True)
     assert_equal(run, reference(2, *GQA, *INTERLEAVED))
+
+
+def test_interleaved_pipeline_with_both_overlaps(train: Callable, reference: Callable) -> None:
+    run = train(4, *GQA, *INTERLEAVED, *OVERLAPS, plan=INTERLEAVED_PLAN)
+    # Megatron saves gradients that are not yet reduced here, so only the losses can tell.
+    assert_equal_losses(run, reference(2, *GQA, *INTERLEAVED))
 
 
 def test_fewer_key_value_heads_than_ranks(train: Callable, reference: Callable) -> None:
@@ -89,5 +102,4 @@ def test_fewer_key_value_heads_than_ranks(train: Callable, reference: Callable) 
 
 def test_bf16(train: Callable, reference: Callable) -> None:
     run = train(4, *GQA, "--bf16", plan=UNEQUAL)
-    for step, loss in reference(1, *GQA, "--bf16").losses.items():
-        assert run.losses[step] == pytest.approx(loss, rel=1e-2)
+    assert_equal_losses(run, reference(1, *GQA, "--bf16"), tolerance=1e-2)

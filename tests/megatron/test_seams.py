@@ -1,0 +1,60 @@
+"""Seams: a Megatron that moved something is refused before anything of it is changed."""
+
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron import seams
+from megatron_flexsp.megatron.seams import Seam
+
+
+def doubled(original: Callable[[int], int]) -> Callable[[int], int]:
+    return lambda value: 2 * original(value)
+
+
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """An importable module with a function and a method to replace."""
+    module = ModuleType("a_place")
+    exec("def number(value): return value\nclass Layer:\n    def forward(self, query, key): return query", vars(module))
+    monkeypatch.setitem(sys.modules, "a_place", module)
+    return module
+
+
+def test_a_replacement_gets_the_original(place: ModuleType) -> None:
+    seams.install([Seam("a_place:number", ("value",), doubled, "doubles")])
+    assert place.number(4) == 8
+
+
+@pytest.mark.parametrize(
+    ("target", "parameters", "message"),
+    [
+        ("a_place:gone", (), r"a_place:gone is not there"),
+        ("a_place:Layer.gone", (), r"a_place:Layer\.gone is not there"),
+        ("no_such_place:number", (), r"no_such_place:number is not there"),
+        ("a_place:Layer.forward", ("query", "mask"), r"forward takes \(self, query, key\), expected \(query, mask\)"),
+    ],
+)
+def test_nothing_is_changed_where_one_place_does_not_match(
+    target: str, parameters: tuple[str, ...], message: str, place: ModuleType
+) -> None:
+    good, bad = (Seam("a_place:number", ("value",), doubled, ""), Seam(target, parameters, doubled, ""))
+    with pytest.raises(FlexSPError, match=rf"Megatron {seams.version()}: .*{message}"):
+        seams.install([good, bad])
+    assert place.number(4) == 4
+
+
+@pytest.mark.parametrize("version", ["0.16.0", "0.17.1", "0.20.0rc1", "1.18.0"])
+def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "version", lambda: version)
+    with pytest.raises(FlexSPError, match=rf"Megatron {version} is not supported\. .*0\.18 and 0\.19"):
+        seams.check_version()
+
+
+@pytest.mark.parametrize("version", ["0.18.2", "0.19.0rc4", "0.19.2+local"])
+def test_supported_versions_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "version", lambda: version)
+    seams.check_version()
