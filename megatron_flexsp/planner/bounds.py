@@ -21,8 +21,9 @@ _ROUNDING_SHARE = 1e-10
 
 _MOST_CLASSES = 192
 _PRICED_CLASSES = 20
-_PRICINGS = 2
+_PRICINGS = 8
 _PRICING_SECONDS = 0.05
+_FIRST_GAIN = 5e-3
 _LEAST_GAIN = 5e-4
 _BISECTIONS = 9
 _WHOLE_COUNTS = 6
@@ -136,19 +137,20 @@ def nested_bound_seconds(problem: Problem, deadline: float = math.inf) -> float:
     """
     bound = simple_bound_seconds(problem)
     coarse, fine = make_classes(problem, _PRICED_CLASSES), make_classes(problem, _MOST_CLASSES)
+    hoped_for = _FIRST_GAIN
     for _ in range(_PRICINGS):
         if deadline - time.monotonic() < _PRICING_SECONDS:
             break  # what is proved so far is a bound as well
         limit = 2 * bound
         kinds = _rank_kinds(problem, limit)
-        prices = _prices(coarse, kinds, bound * (1 + _LEAST_GAIN))
-        if prices is None:
-            break
-        better = _greatest_impossible(fine, kinds, prices, bound, limit)
-        if better <= bound * (1 + _LEAST_GAIN):
-            bound = max(bound, better)
-            break
-        bound = better
+        prices = _prices(coarse, kinds, bound * (1 + hoped_for))
+        before = bound
+        if prices is not None:
+            bound = _greatest_impossible(fine, kinds, prices, bound, limit)
+        if bound <= before * (1 + hoped_for):
+            if hoped_for == _LEAST_GAIN:
+                break
+            hoped_for = _LEAST_GAIN
     return bound * (1 - _ROUNDING_SHARE)
 
 
