@@ -52,7 +52,12 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     out.mkdir()
     command = [sys.executable, "-m", "megatron_flexsp.cli", "prepare", "--jsonl", str(pipe)]
-    process = subprocess.Popen([*command, "--output-prefix", str(out / "set")], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, "--output-prefix", str(out / "set")],
+        stderr=subprocess.DEVNULL,
+        # A shell starts background jobs, and so these tests may have been started, with the signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         with pipe.open("w") as writer:  # opens once the other side reads
             writer.write('{"text": "a"}\n')
