@@ -137,6 +137,7 @@ class Job:
 
     def finish(self) -> None:
         """Let the job end by itself; end it if it doesn't."""
+        self._store.set(f"{self._name}/end", "")
         try:
             self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
