@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import CostModel, legal_degrees
+from megatron_flexsp.planner.laws import SCHEDULES
 
-SCHEDULES = ("auto", "nested", "lockstep", "static")
 OVERLONG = ("split", "truncate", "drop", "error")
 
 
@@ -24,7 +24,7 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     )
     group.add_argument(
         "--flexsp-schedule",
-        choices=SCHEDULES,
+        choices=("auto", *SCHEDULES),
         default="auto",
         help="How micro-batches are ordered. nested: wide groups first, nobody waits. lockstep: all ranks run "
         "the same number of micro-batches, as the FlexSP paper has it. static: one degree for all, the "
