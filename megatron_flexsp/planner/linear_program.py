@@ -28,6 +28,14 @@ class Solution:
     """Whether HiGHS proved that no better one exists (within its gap); else a limit stopped it."""
 
 
+class _QuietHighs(highspy.Highs):
+    """HiGHS 1.16 prints its name while it is constructed, when it can't have been told to be quiet."""
+
+    def enableCallbacks(self) -> None:  # the first thing that its constructor calls
+        self.setOptionValue("output_flag", False)
+        super().enableCallbacks()
+
+
 @dataclass
 class LinearProgram:
     """Minimise cost x columns, every column at least 0 and every row within its limits."""
@@ -103,7 +111,7 @@ class LinearProgram:
         seed
             HiGHS breaks ties by it.
         """
-        solver = highspy.Highs()
+        solver = _QuietHighs()
         solver.setOptionValue("output_flag", False)
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("random_seed", seed)
