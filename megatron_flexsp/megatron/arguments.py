@@ -6,8 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner import CostModel, legal_degrees
-from megatron_flexsp.planner.laws import SCHEDULES
+from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
 
 OVERLONG = ("split", "truncate", "drop", "error")
 
@@ -24,11 +23,12 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     )
     group.add_argument(
         "--flexsp-schedule",
-        choices=("auto", *SCHEDULES),
+        choices=ASKABLE_SCHEDULES,
         default="auto",
         help="How micro-batches are ordered. nested: wide groups first, nobody waits. lockstep: all ranks run "
         "the same number of micro-batches, as the FlexSP paper has it. static: one degree for all, the "
-        "baseline. auto: the fastest one that the job's parallelism allows.",
+        "baseline. batch-adaptive: the best single degree for each batch, another baseline. auto: the fastest one "
+        "that the job's parallelism allows.",
     )
     group.add_argument(
         "--flexsp-static-degree",

@@ -135,10 +135,10 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
 
 
 def _narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in: str) -> int:
-    """The fewest ranks that hold the longest sequence; for a static schedule they must divide the domain."""
+    """The fewest ranks that hold the longest sequence; where a plan has one degree they must divide the domain."""
     slice_capacity = capacity // settings.slice_multiple * settings.slice_multiple
     degrees = settings.degrees
-    if settings.schedule == "static":
+    if settings.schedule in ("static", "batch-adaptive"):
         degrees = tuple(degree for degree in degrees if settings.domain_size % degree == 0)
     for degree in degrees:
         if longest <= degree * slice_capacity:

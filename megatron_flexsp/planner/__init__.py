@@ -10,10 +10,11 @@ from megatron_flexsp.planner.cost_model import CostModel
 from megatron_flexsp.planner.laws import PlanError, slice_tokens
 from megatron_flexsp.planner.plans import MicroBatch, Plan
 from megatron_flexsp.planner.presets import load_cost_model, preset_names
-from megatron_flexsp.planner.solve import plan
+from megatron_flexsp.planner.solve import ASKABLE_SCHEDULES, plan
 from megatron_flexsp.planner.timing import balance, micro_batch_seconds, padding_share, step_seconds
 
 __all__ = [
+    "ASKABLE_SCHEDULES",
     "CostModel",
     "MicroBatch",
     "Plan",

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner import Plan, load_cost_model, plan, preset_names
+from megatron_flexsp.planner import ASKABLE_SCHEDULES, Plan, load_cost_model, plan, preset_names
 
 
 class _Degrees(click.ParamType):
@@ -42,7 +42,7 @@ class _Degrees(click.ParamType):
 @click.option("--global-batch-size", required=True, type=click.IntRange(min=1), help="Sequences of a batch.")
 @click.option("--skip-batches", default=0, type=click.IntRange(min=0), help="Leave out so many batches at the start.")
 @click.option("--batches", type=click.IntRange(min=1), help="Plan so many batches; all by default.")
-@click.option("--schedule", default="nested", show_default=True, type=click.Choice(["nested", "lockstep", "static"]))
+@click.option("--schedule", default="nested", show_default=True, type=click.Choice(ASKABLE_SCHEDULES))
 @click.option("--static-degree", type=click.IntRange(min=1), help="The one degree of a static plan.")
 @click.option("--degrees", type=_Degrees(), help="Degrees that may be used, with commas; all by default.")
 @click.option("--pad-each-to", default=1, type=click.IntRange(min=1), help="Pad each sequence to a multiple of this.")

@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from numpy.typing import ArrayLike
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner.bounds import lockstep_bound_seconds, nested_bound_seconds
+from megatron_flexsp.planner.bounds import lockstep_bound_seconds, nested_bound_seconds, simple_bound_seconds
 from megatron_flexsp.planner.cost_model import CostModel
 from megatron_flexsp.planner.endings import ranks_that_end_early
 from megatron_flexsp.planner.exhaustive import best_lockstep, best_nested, is_tiny
@@ -20,6 +20,9 @@ from megatron_flexsp.planner.problem import Problem, make_problem
 from megatron_flexsp.planner.rounds import micro_batches_of
 from megatron_flexsp.planner.search import search
 from megatron_flexsp.planner.timing import step_seconds
+
+ASKABLE_SCHEDULES = ("auto", *SCHEDULES, "batch-adaptive")
+"""What ``plan`` takes as a schedule; ``auto`` and ``batch-adaptive`` choose among those that plans name."""
 
 
 def plan(
@@ -49,7 +52,8 @@ def plan(
         Ranks in the domain.
     schedule
         ``nested`` (degrees never increase; ``auto`` means the same), ``lockstep`` (rounds in which every rank
-        runs one micro-batch) or ``static`` (one degree for all).
+        runs one micro-batch), ``static`` (one degree for all) or ``batch-adaptive`` (a static plan with the best
+        degree for this batch: the second baseline of FlexSP, arXiv 2412.01523, section 6).
     degrees
         The degrees that may be used; by default all legal ones for which the cost model has a bandwidth.
     static_degree
@@ -81,7 +85,7 @@ def plan(
     """
     started = time.monotonic()
     deadline = _deadline(started, time_limit_seconds)
-    executed_schedule = _checked_schedule(schedule, static_degree)
+    _check_schedule(schedule, static_degree)
     problem = make_problem(
         lengths,
         cost_model,
@@ -92,31 +96,18 @@ def plan(
         count_multiple=count_multiple,
         pipeline_stages=pipeline_stages,
     )
-    if executed_schedule == "static":
-        problem = _with_one_degree(problem)
-    answer = _solve(problem, executed_schedule, deadline, seed)
-    found = Plan(
-        domain_size=problem.domain_size,
-        schedule=executed_schedule,
-        micro_batches=_with_endings(problem, answer.micro_batches),
-        predicted_seconds=math.nan,
-        lower_bound_seconds=answer.bound_seconds,
-        solve_seconds=math.nan,
-        status="heuristic",
-    )
-    predicted_seconds = step_seconds(found, lengths, cost_model, pipeline_stages=pipeline_stages)
-    bound_seconds = predicted_seconds if answer.is_best else answer.bound_seconds
-    if math.isclose(predicted_seconds, bound_seconds, rel_tol=1e-9):
-        status = "optimal"
+
+    def planned(problem: Problem, schedule: str, deadline: float) -> Plan:
+        answer = _solve(problem, schedule, deadline, seed)
+        return _with_prediction(problem, schedule, answer, lengths, cost_model)
+
+    if schedule == "static":
+        found = planned(_static_problems(problem)[0], "static", deadline)
+    elif schedule == "batch-adaptive":
+        found = _best_static(_static_problems(problem), planned, deadline)
     else:
-        status = "heuristic" if answer.is_cut_short else "feasible"
-    return replace(
-        found,
-        predicted_seconds=predicted_seconds,
-        lower_bound_seconds=min(bound_seconds, predicted_seconds),
-        solve_seconds=time.monotonic() - started,
-        status=status,
-    )
+        found = planned(problem, "nested" if schedule == "auto" else schedule, deadline)
+    return replace(found, solve_seconds=time.monotonic() - started)
 
 
 @dataclass(frozen=True)
@@ -159,6 +150,31 @@ def _lockstep(problem: Problem, deadline: float, seed: int) -> _Answer:
     return _Answer(micro_batches_of(problem, rounds), bound_seconds, is_complete, is_cut_short)
 
 
+def _with_prediction(
+    problem: Problem, schedule: str, answer: _Answer, lengths: ArrayLike, cost_model: CostModel
+) -> Plan:
+    """The answer as a plan: endings added, its step predicted, its status drawn from its bound."""
+    found = Plan(
+        domain_size=problem.domain_size,
+        schedule=schedule,
+        micro_batches=_with_endings(problem, answer.micro_batches),
+        predicted_seconds=math.nan,
+        lower_bound_seconds=answer.bound_seconds,
+        solve_seconds=math.nan,
+        status="heuristic",
+    )
+    predicted_seconds = step_seconds(found, lengths, cost_model, pipeline_stages=problem.pipeline_stages)
+    bound_seconds = predicted_seconds if answer.is_best else min(answer.bound_seconds, predicted_seconds)
+    status = "heuristic" if answer.is_cut_short else "feasible"
+    return _with_bound(replace(found, predicted_seconds=predicted_seconds, status=status), bound_seconds)
+
+
+def _with_bound(plan: Plan, bound_seconds: float) -> Plan:
+    """The plan with a bound on all that may be had in its place; it is optimal where it meets the bound."""
+    is_optimal = math.isclose(plan.predicted_seconds, bound_seconds, rel_tol=1e-9)
+    return replace(plan, lower_bound_seconds=bound_seconds, status="optimal" if is_optimal else plan.status)
+
+
 def _with_endings(problem: Problem, micro_batches: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
     """The micro-batches, and the fillers with which ranks must end (``endings``); they cost no time."""
     ranks = ranks_that_end_early(micro_batches, problem.domain_size, problem.count_multiple)
@@ -175,22 +191,46 @@ def _deadline(started: float, time_limit_seconds: float | None) -> float:
     return started + time_limit_seconds
 
 
-def _checked_schedule(schedule: str, static_degree: int | None) -> str:
-    """The schedule that plans will name."""
-    if schedule not in ("auto", *SCHEDULES):
-        raise FlexSPError(f"schedule is {schedule!r}; expected auto, {', '.join(SCHEDULES)}")
+def _check_schedule(schedule: str, static_degree: int | None) -> None:
+    """Refuse a schedule that does not exist, and a degree for one that chooses its own."""
+    if schedule not in ASKABLE_SCHEDULES:
+        raise FlexSPError(f"schedule is {schedule!r}; expected {', '.join(ASKABLE_SCHEDULES)}")
     if static_degree is not None and schedule != "static":
         raise FlexSPError(f"static_degree {static_degree} needs schedule static; found {schedule}")
-    return "nested" if schedule == "auto" else schedule
 
 
-def _with_one_degree(problem: Problem) -> Problem:
-    """The problem with the narrowest degree that divides the domain and holds the longest sequence."""
-    for degree in problem.degrees:
-        if problem.domain_size % degree == 0 and problem.tokens[-1] <= problem.pack_tokens(degree):
-            return replace(problem, degrees=(degree,))
-    raise FlexSPError(
-        f"a static plan needs a degree that divides the domain of {problem.domain_size} ranks and holds the "
-        f"longest sequence, {problem.tokens[-1]} tokens at {problem.tokens_per_rank} per rank; none of the "
-        f"allowed degrees {', '.join(map(str, problem.degrees))} does; allow another, or use schedule nested"
-    )
+def _static_problems(problem: Problem) -> list[Problem]:
+    """The problem with each degree, alone, that divides the domain and holds the longest sequence, narrowest first."""
+    usable = [
+        replace(problem, degrees=(degree,))
+        for degree in problem.degrees
+        if problem.domain_size % degree == 0 and problem.tokens[-1] <= problem.pack_tokens(degree)
+    ]
+    if not usable:
+        raise FlexSPError(
+            f"a static plan needs a degree that divides the domain of {problem.domain_size} ranks and holds the "
+            f"longest sequence, {problem.tokens[-1]} tokens at {problem.tokens_per_rank} per rank; none of the "
+            f"allowed degrees {', '.join(map(str, problem.degrees))} does; allow another, or use schedule nested"
+        )
+    return usable
+
+
+def _best_static(problems: list[Problem], planned: Callable[[Problem, str, float], Plan], deadline: float) -> Plan:
+    """The best plan of problems with one degree each; its bound is the least of theirs.
+
+    Most promising first, each with an equal share of the time that is left. Those whose bound lies above the
+    best plan need no search.
+    """
+    by_promise = sorted((simple_bound_seconds(problem), problem.degrees, problem) for problem in problems)
+    best: Plan | None = None
+    least_bound = math.inf
+    for turn, (bound_seconds, _, problem) in enumerate(by_promise):
+        if best is not None and bound_seconds >= best.predicted_seconds:
+            break
+        now = time.monotonic()
+        found = planned(problem, "static", now + (deadline - now) / (len(problems) - turn))
+        least_bound = min(least_bound, found.lower_bound_seconds)
+        if best is None or found.predicted_seconds < best.predicted_seconds:
+            best = found
+    assert best is not None, "there is at least one problem"
+    return _with_bound(best, min(least_bound, best.predicted_seconds))

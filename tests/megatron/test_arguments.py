@@ -120,6 +120,8 @@ class TestSettings:
         assert (settings.max_tokens_per_rank, settings.overlong, settings.plan_ahead) == (77, "drop", 5)
         assert (settings.solver_time_limit_seconds, settings.mock_lengths) == (0.25, "f")
         assert settings_from_args(parse("--flexsp-degrees 4,1,4")).degrees == (1, 4)
+        adaptive = settings_from_args(parse("--flexsp-schedule batch-adaptive"))
+        assert (adaptive.schedule, adaptive.degrees) == ("batch-adaptive", (1, 2, 4, 8))
 
     @pytest.mark.parametrize(
         ("more", "message"),

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_flexsp.planner import CostModel, load_cost_model, plan
 
-SCHEDULES = ["nested", "lockstep", "static"]
+SCHEDULES = ["nested", "lockstep", "static", "batch-adaptive"]
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,9 @@ def cost_models(draw, degrees, token_capacity):
 def feasible_arguments(draw):
     """Keyword arguments of ``plan`` for which a plan exists."""
     domain_size = draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16, 48]))
-    schedule = draw(st.sampled_from(["nested", "lockstep", "static"]))
-    legal = [d for d in legal_degrees(domain_size) if schedule != "static" or domain_size % d == 0]
+    schedule = draw(st.sampled_from(["nested", "lockstep", "static", "batch-adaptive"]))
+    has_one_degree = schedule in ("static", "batch-adaptive")
+    legal = [d for d in legal_degrees(domain_size) if not has_one_degree or domain_size % d == 0]
     degrees = draw(st.lists(st.sampled_from(legal), min_size=1, unique=True))
     slice_multiple = draw(st.sampled_from([1, 2, 5]))
     token_capacity = draw(st.integers(slice_multiple, 200))

@@ -54,6 +54,27 @@ def test_static_balances_packs_over_blocks(simple_model):
     assert found.predicted_seconds == 250
 
 
+@pytest.mark.parametrize(("lengths", "best_degree"), [([20, 20, 20, 20], 1), ([90, 20], 2), ([190], 4)])
+def test_batch_adaptive_takes_the_best_single_degree_of_each_batch(simple_model, lengths, best_degree):
+    # With latency and slow exchange, four ranks pay for a long sequence alone; 90 and 20 go side by side on two.
+    fast = replace(simple_model, exchange_bandwidth_bytes_per_second={2: 80.0, 4: 10.0})
+    found = plan(lengths, fast, domain_size=4, schedule="batch-adaptive")
+    alone = {}
+    for degree in (1, 2, 4):
+        if max(lengths) <= degree * 100:
+            alone[degree] = plan(lengths, fast, domain_size=4, schedule="static", static_degree=degree)
+    assert found.schedule == "static"
+    assert {item.degree for item in found.micro_batches if not item.is_filler} == {best_degree}
+    assert found.predicted_seconds == min(made.predicted_seconds for made in alone.values())
+    assert found.lower_bound_seconds == min(made.lower_bound_seconds for made in alone.values())
+    assert found.status == "optimal"
+
+
+def test_batch_adaptive_needs_a_degree_that_divides_the_domain(simple_model):
+    with pytest.raises(FlexSPError, match="divides the domain of 6 ranks"):
+        plan([290], simple_model, domain_size=6, schedule="batch-adaptive")
+
+
 def test_counts_are_filled_up_to_a_multiple(simple_model):
     found = plan([90, 90, 90], simple_model, domain_size=1, count_multiple=2)
     assert [item.sequences for item in found.micro_batches].count(()) == 1
@@ -133,7 +154,7 @@ def test_many_sequences_are_planned_in_seconds(published_7b):
         ({"degrees": [3]}, "degree 3 does not exist in a domain of 4 ranks; it has 1, 2, 4"),
         ({"degrees": [8]}, "degree 8 does not exist"),
         ({"degrees": [8], "domain_size": 8}, "no exchange_bandwidth_bytes_per_second for degree 8"),
-        ({"schedule": "sideways"}, "schedule is 'sideways'; expected auto, nested, lockstep, static"),
+        ({"schedule": "sideways"}, "schedule is 'sideways'; expected auto, nested, lockstep, static, batch-adaptive"),
         ({"static_degree": 2}, "static_degree 2 needs schedule static"),
         ({"schedule": "static", "static_degree": 4, "domain_size": 6}, "divides the domain of 6 ranks"),
         ({"schedule": "static", "static_degree": 3}, "degree 3 does not exist"),
