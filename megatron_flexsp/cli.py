@@ -27,6 +27,9 @@ class Subcommand:
 
 SUBCOMMANDS = {
     "plan": Subcommand("megatron_flexsp.planner.command", "plan_command", "Plan batches of given lengths."),
+    "simulate": Subcommand(
+        "megatron_flexsp.simulator.command", "simulate_command", "Foresee what FlexSP brings on given data."
+    ),
     "prepare": Subcommand("megatron_flexsp.prepare.command", "prepare", "Make a Megatron data set from text."),
 }
 

@@ -15,9 +15,10 @@ from rich.table import Table
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, Plan, load_cost_model, plan, preset_names
+from megatron_flexsp.planner.lengths_file import read_lengths
 
 
-class _Degrees(click.ParamType):
+class Degrees(click.ParamType):
     """Whole numbers with commas between them."""
 
     name = "degrees"
@@ -44,7 +45,7 @@ class _Degrees(click.ParamType):
 @click.option("--batches", type=click.IntRange(min=1), help="Plan so many batches; all by default.")
 @click.option("--schedule", default="nested", show_default=True, type=click.Choice(ASKABLE_SCHEDULES))
 @click.option("--static-degree", type=click.IntRange(min=1), help="The one degree of a static plan.")
-@click.option("--degrees", type=_Degrees(), help="Degrees that may be used, with commas; all by default.")
+@click.option("--degrees", type=Degrees(), help="Degrees that may be used, with commas; all by default.")
 @click.option("--pad-each-to", default=1, type=click.IntRange(min=1), help="Pad each sequence to a multiple of this.")
 @click.option("--max-sequence", type=click.IntRange(min=1), help="Drop lengths above this.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop improving a plan after this.")
@@ -72,7 +73,10 @@ def plan_command(
     flexsp plan lengths.txt --cost-model gpt-7b-192k --ranks 64 --global-batch-size 512 --batches 3
     """
     cost_model = load_cost_model(cost_model_name)
-    lengths = _padded(_read_lengths(lengths_file, max_sequence), pad_each_to)
+    lengths = read_lengths(lengths_file)
+    if max_sequence is not None:
+        lengths = lengths[lengths <= max_sequence]
+    lengths = _padded(lengths, pad_each_to)
     numbers = _batch_numbers(len(lengths), global_batch_size, skip_batches, batches, lengths_file)
     console = Console(highlight=False)
     table, plans = _new_table(), []
@@ -97,27 +101,6 @@ def plan_command(
     console.print(table)
     if output is not None:
         console.print(f"{len(plans)} plans written to {output}", soft_wrap=True)
-
-
-def _read_lengths(path: Path, max_sequence: int | None) -> NDArray[np.int64]:
-    """The lengths in a text file, those above the longest allowed dropped."""
-    lengths = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise FlexSPError(f"{path}: not UTF-8 text; expected the tokens of one sequence on each line") from None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            tokens = int(line)
-        except ValueError:
-            tokens = 0
-        if tokens < 1:
-            raise FlexSPError(f"{path}: line {number} is {line.strip()[:40]!r}; expected a whole number of at least 1")
-        if max_sequence is None or tokens <= max_sequence:
-            lengths.append(tokens)
-    return np.array(lengths, dtype=np.int64)
 
 
 def _padded(lengths: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:

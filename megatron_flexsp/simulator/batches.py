@@ -1,0 +1,125 @@
+"""Global batches to simulate: the sequence lengths of a corpus, cut into batches.
+
+Only lengths are read: of a data set its index, never its tokens.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_flexsp.errors import FlexSPError
+
+Lengths = NDArray[np.int64]
+
+OVERLONG = ("split", "truncate", "drop")
+
+# A data set's index: magic, version, type of a token, how many sequences, how many documents and one; then each
+# sequence's length, each one's place in the .bin, and each document's first sequence.
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+
+
+def read_document_lengths(prefix: str) -> Lengths:
+    """Tokens that each document of a Megatron data set predicts: all but its first.
+
+    Parameters
+    ----------
+    prefix
+        The data set's path without ``.idx`` and ``.bin``, as ``--data-path`` takes it.
+
+    Raises
+    ------
+    FlexSPError
+        If the index is missing, is none, or is cut off.
+    """
+    path = Path(f"{prefix}.idx")
+    try:
+        with path.open("rb") as stream:
+            header = stream.read(_INDEX_HEADER.size)
+            if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+                raise FlexSPError(f"{path} is no Megatron index; make the data set again")
+            _, _, _, sequences, documents = _INDEX_HEADER.unpack(header)
+            sequence_tokens = np.fromfile(stream, dtype="<i4", count=sequences)
+            stream.seek(8 * sequences, 1)
+            first_sequences = np.fromfile(stream, dtype="<i8", count=documents)
+    except OSError as error:
+        raise FlexSPError(
+            f"{path}: cannot read ({error.strerror}); give the path of the data set without .idx or .bin"
+        ) from None
+    if len(sequence_tokens) < sequences or len(first_sequences) < documents:
+        raise FlexSPError(f"{path} is truncated. Copy or make it again")
+    ends = np.concatenate([[0], np.cumsum(sequence_tokens, dtype=np.int64)])[first_sequences]
+    predicted = np.diff(ends) - 1
+    return predicted[predicted > 0]
+
+
+def with_longest(lengths: Lengths, longest: int | None, overlong: str) -> Lengths:
+    """The sequences that training makes of documents when none may be longer than ``longest`` tokens.
+
+    Parameters
+    ----------
+    lengths
+        Tokens of each document.
+    longest
+        ``--seq-length``; None leaves documents as they are.
+    overlong
+        What becomes of longer ones, as ``--flexsp-overlong``: ``split`` into pieces of which all but the last are
+        full, ``truncate`` or ``drop``.
+    """
+    if longest is None:
+        return lengths
+    if overlong == "drop":
+        return lengths[lengths <= longest]
+    if overlong == "truncate":
+        return np.minimum(lengths, longest)
+    pieces = -(-lengths // longest)
+    split = np.full(int(pieces.sum()), longest, dtype=np.int64)
+    split[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * longest
+    return split
+
+
+@dataclass(frozen=True)
+class BatchSource:
+    """Batches out of a corpus.
+
+    A text file's lengths stand in the order in which they will be trained on. Megatron shuffles a data set's
+    documents, and so does this, with a seed.
+    """
+
+    lengths: Lengths
+    name: str
+    """What errors call it."""
+
+    shuffle_seed: int | None
+
+    def batches(self, size: int, count: int, skip: int = 0) -> list[Lengths]:
+        """``count`` consecutive batches of ``size`` sequences after the first ``skip``; fewer where there are fewer.
+
+        Raises
+        ------
+        FlexSPError
+            If there is not one.
+        """
+        available = len(self.lengths) // size - skip
+        if available < 1:
+            raise FlexSPError(
+                f"{self.name} holds {len(self.lengths)} sequences, {len(self.lengths) // size} batches of "
+                f"--global-batch-size {size}" + (f"; none is left after --skip-batches {skip}" if skip else "")
+            )
+        order = self._in_order()
+        return [order[number * size : (number + 1) * size] for number in range(skip, skip + min(count, available))]
+
+    def drawn(self, size: int, count: int, seed: int) -> list[Lengths]:
+        """``count`` batches of sequences drawn at random, each as often as it comes: for batches of any size."""
+        generator = np.random.default_rng(seed)
+        return [generator.choice(self.lengths, size) for _ in range(count)]
+
+    def _in_order(self) -> Lengths:
+        if self.shuffle_seed is None:
+            return self.lengths
+        return np.random.default_rng(self.shuffle_seed).permutation(self.lengths)

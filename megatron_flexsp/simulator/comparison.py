@@ -1,0 +1,128 @@
+"""Ways to train on the same batches, side by side: what each step would take, and what it would waste."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_flexsp.planner import CostModel, Plan, padding_share, plan
+from megatron_flexsp.simulator.events import Timeline, simulate
+from megatron_flexsp.simulator.stragglers import Stragglers
+
+STRATEGIES = ("static", "batch-adaptive", "lockstep", "nested")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """What batches are planned for and run on."""
+
+    cost_model: CostModel
+    domain_size: int
+    degrees: tuple[int, ...] | None = None
+    """Degrees that plans may use; None for all that the cost model prices."""
+
+    static_degree: int | None = None
+    """The degree of the static strategy; None for the narrowest that holds the longest sequence."""
+
+    pipeline_stages: int = 1
+    reduction_seconds: float = 0.0
+    stragglers: Stragglers | None = None
+    time_limit_seconds: float | None = None
+    """Of planning one batch."""
+
+    seed: int = 0
+
+
+@dataclass
+class Outcome:
+    """What a strategy made of a row of batches."""
+
+    strategy: str
+    tokens: int = 0
+    step_seconds: list[float] = field(default_factory=list)
+    busy_shares: list[float] = field(default_factory=list)
+    padding_shares: list[float] = field(default_factory=list)
+    bound_ratios: list[float] = field(default_factory=list)
+    """Predicted seconds over the lower bound of the same schedule."""
+
+    solve_seconds: list[float] = field(default_factory=list)
+
+    def add(self, made: Plan, lengths: NDArray[np.int64], timeline: Timeline) -> None:
+        """Count one more step."""
+        self.tokens += int(lengths.sum())
+        self.step_seconds.append(timeline.step_seconds)
+        self.busy_shares.append(timeline.busy_share)
+        self.padding_shares.append(padding_share(made, lengths))
+        if made.lower_bound_seconds > 0:
+            self.bound_ratios.append(made.predicted_seconds / made.lower_bound_seconds)
+        self.solve_seconds.append(made.solve_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all batches."""
+        return self.tokens / sum(self.step_seconds)
+
+    def speed_over(self, other: Outcome) -> float:
+        """How many times as many tokens a second as another strategy on the same batches."""
+        return sum(other.step_seconds) / sum(self.step_seconds)
+
+    def speeds_over(self, other: Outcome) -> NDArray[np.float64]:
+        """The same batch by batch."""
+        return np.array(other.step_seconds) / np.array(self.step_seconds)
+
+
+def compare(
+    batches: Sequence[NDArray[np.int64]], strategies: Sequence[str], cluster: Cluster
+) -> Iterator[tuple[str, int, Plan, Timeline]]:
+    """Plan and run every batch under every strategy; ``outcomes`` adds up what comes.
+
+    Yields
+    ------
+    Strategy, number of the batch, its plan and its step.
+
+    Raises
+    ------
+    FlexSPError
+        Where a batch can't be planned: a sequence that no group holds, a degree without a bandwidth.
+    """
+    longest = max(int(batch.max()) for batch in batches)
+    for number, batch in enumerate(batches):
+        slowdowns = None
+        if cluster.stragglers is not None:
+            slowdowns = cluster.stragglers.slowdowns(cluster.domain_size, cluster.pipeline_stages, number)
+        for strategy in strategies:
+            made = _plan(batch, strategy, cluster, longest)
+            timeline = simulate(
+                made,
+                batch,
+                cluster.cost_model,
+                pipeline_stages=cluster.pipeline_stages,
+                slowdowns=slowdowns,
+                reduction_seconds=cluster.reduction_seconds,
+            )
+            yield strategy, number, made, timeline
+
+
+def static_degree_for(longest: int, cluster: Cluster) -> int:
+    """The one degree of the static strategy: as given, or the narrowest that holds the longest sequence of all."""
+    if cluster.static_degree is not None:
+        return cluster.static_degree
+    alone = plan([longest], cluster.cost_model, cluster.domain_size, schedule="static", degrees=cluster.degrees)
+    return max(item.degree for item in alone.micro_batches)
+
+
+def _plan(batch: NDArray[np.int64], strategy: str, cluster: Cluster, longest: int) -> Plan:
+    return plan(
+        batch,
+        cluster.cost_model,
+        cluster.domain_size,
+        schedule=strategy,
+        degrees=cluster.degrees,
+        static_degree=static_degree_for(longest, cluster) if strategy == "static" else None,
+        pipeline_stages=cluster.pipeline_stages,
+        time_limit_seconds=cluster.time_limit_seconds,
+        seed=cluster.seed,
+    )
