@@ -28,9 +28,13 @@ EXTRAS = {
         "psutil>=5.9,<8",  # saving a torch_dist checkpoint
         "PyYAML>=6,<7",  # importing megatron.training, in 0.18
     ],
+    # The pictures of `flexsp report`.
+    "report": ["matplotlib>=3.8,<4", "plotly>=6,<8"],
     "test": [
         "hypothesis>=6.100,<7",
+        "matplotlib>=3.8,<4",
         "mypy>=1.13,<3",
+        "plotly>=6,<8",
         "psutil>=5.9,<8",
         "pytest>=8,<10",
         "ruff>=0.9,<1",
@@ -46,7 +50,7 @@ setup(
     license_files=["LICENSE"],
     # megatron-core 0.18.2 and 0.19.2 ask for 3.12 as well.
     python_requires=">=3.12",
-    package_data={"megatron_flexsp.planner": ["cost_models/*.json"]},
+    package_data={"megatron_flexsp.planner": ["cost_models/*.json"], "megatron_flexsp.report": ["page.html"]},
     packages=find_packages(include=["megatron_flexsp", "megatron_flexsp.*"]),
     install_requires=BASE,
     extras_require=EXTRAS,

@@ -30,6 +30,7 @@ SUBCOMMANDS = {
     "simulate": Subcommand(
         "megatron_flexsp.simulator.command", "simulate_command", "Foresee what FlexSP brings on given data."
     ),
+    "report": Subcommand("megatron_flexsp.report.command", "report_command", "Show what happened in a run."),
     "prepare": Subcommand("megatron_flexsp.prepare.command", "prepare", "Make a Megatron data set from text."),
 }
 

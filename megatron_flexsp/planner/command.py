@@ -16,6 +16,7 @@ from rich.table import Table
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, Plan, load_cost_model, plan, preset_names
 from megatron_flexsp.planner.lengths_file import read_lengths
+from megatron_flexsp.planner.plans_file import planned_line
 
 
 class Degrees(click.ParamType):
@@ -80,7 +81,7 @@ def plan_command(
     numbers = _batch_numbers(len(lengths), global_batch_size, skip_batches, batches, lengths_file)
     console = Console(highlight=False)
     table, plans = _new_table(), []
-    with _opened(output) as file:
+    with opened(output) as file:
         for number in _with_progress(numbers):
             batch = lengths[number * global_batch_size : (number + 1) * global_batch_size]
             made = plan(
@@ -96,7 +97,7 @@ def plan_command(
             plans.append(made)
             _add_plan(table, number, made)
             if file is not None:
-                file.write(made.to_json() + "\n")
+                file.write(planned_line(made, batch, cost_model, batch=number) + "\n")
     _add_total(table, plans)
     console.print(table)
     if output is not None:
@@ -123,7 +124,8 @@ def _batch_numbers(num_lengths: int, size: int, skip: int, batches: int | None, 
     return range(skip, whole if batches is None else skip + batches)
 
 
-def _opened(output: Path | None) -> IO[str] | nullcontext[None]:
+def opened(output: Path | None) -> IO[str] | nullcontext[None]:
+    """The file of ``--output``, or nothing."""
     if output is None:
         return nullcontext()
     try:

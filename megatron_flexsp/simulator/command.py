@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import click
 import numpy as np
@@ -13,8 +14,9 @@ from rich.table import Table
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import load_cost_model, preset_names
-from megatron_flexsp.planner.command import Degrees
+from megatron_flexsp.planner.command import Degrees, opened
 from megatron_flexsp.planner.lengths_file import read_lengths
+from megatron_flexsp.planner.plans_file import planned_line
 from megatron_flexsp.simulator.batches import (
     OVERLONG,
     BatchSource,
@@ -80,6 +82,11 @@ class _Strategies(click.ParamType):
 @click.option("--straggler-slowdown", default=1.5, show_default=True, type=click.FloatRange(min=1), help="How slow.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop improving a plan after this.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of all random choices.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the plans, for flexsp report.",
+)
 def simulate_command(
     lengths_file: Path | None,
     data_path: str | None,
@@ -101,6 +108,7 @@ def simulate_command(
     straggler_slowdown: float,
     time_limit: float | None,
     seed: int,
+    output: Path | None,
 ) -> None:
     """Simulate training on the sequences of LENGTHS, a text file with the tokens of one on each line.
 
@@ -127,7 +135,8 @@ def simulate_command(
 
     console = Console(highlight=False)
     drawn = source.batches(global_batch_size, batches, skip_batches)
-    outcomes = _outcomes(drawn, strategies, cluster(ranks), "simulating")
+    with opened(output) as file:
+        outcomes = _outcomes(drawn, strategies, cluster(ranks), "simulating", file)
     console.print(_describe(drawn, ranks), soft_wrap=True)
     console.print(_comparison_table(outcomes))
     console.print(_verdict(outcomes, drawn, cluster(ranks)), soft_wrap=True)
@@ -160,9 +169,13 @@ def _source(
 
 
 def _outcomes(
-    batches: Sequence[Lengths], strategies: Sequence[str], cluster: Cluster, description: str
+    batches: Sequence[Lengths],
+    strategies: Sequence[str],
+    cluster: Cluster,
+    description: str,
+    file: IO[str] | None = None,
 ) -> dict[str, Outcome]:
-    """What each strategy makes of the batches, with a bar on a terminal."""
+    """What each strategy makes of the batches, with a bar on a terminal; plans go to the file."""
     outcomes = {strategy: Outcome(strategy) for strategy in strategies}
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -172,6 +185,9 @@ def _outcomes(
             steps, total=len(batches) * len(strategies), description=description
         ):
             outcomes[strategy].add(made, batches[number], timeline)
+            if file is not None:
+                about = {"strategy": strategy, "batch": number, "pipeline_stages": cluster.pipeline_stages}
+                file.write(planned_line(made, batches[number], cluster.cost_model, **about) + "\n")
     return outcomes
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_flexsp.planner import CostModel, Plan, padding_share, plan
+from megatron_flexsp.planner import CostModel, Plan, micro_batch_seconds, padding_share, plan
 from megatron_flexsp.simulator.events import Timeline, simulate
 from megatron_flexsp.simulator.stragglers import Stragglers
 
@@ -97,8 +97,7 @@ def compare(
             made = _plan(batch, strategy, cluster, longest)
             timeline = simulate(
                 made,
-                batch,
-                cluster.cost_model,
+                micro_batch_seconds(made, batch, cluster.cost_model),
                 pipeline_stages=cluster.pipeline_stages,
                 slowdowns=slowdowns,
                 reduction_seconds=cluster.reduction_seconds,

@@ -15,7 +15,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_flexsp.planner import CostModel, Plan, micro_batch_seconds
+from megatron_flexsp.planner import Plan
 from megatron_flexsp.planner.laws import rounds
 
 
@@ -72,8 +72,7 @@ class Timeline:
 
 def simulate(
     plan: Plan,
-    lengths: ArrayLike,
-    cost_model: CostModel,
+    micro_batch_seconds: ArrayLike,
     *,
     pipeline_stages: int = 1,
     slowdowns: ArrayLike | None = None,
@@ -85,10 +84,8 @@ def simulate(
     ----------
     plan
         The plan.
-    lengths
-        Tokens of each sequence of the global batch, shape (sequences,).
-    cost_model
-        Prices a micro-batch on one stage.
+    micro_batch_seconds
+        What each micro-batch takes on one stage, shape (micro-batches,), as ``planner.micro_batch_seconds`` gives it.
     pipeline_stages
         With more than one, each rank runs Megatron's 1F1B order: forwards until the pipeline is full, then a
         backward after each forward. Transfers between stages take no time.
@@ -97,17 +94,12 @@ def simulate(
         group takes as long as its slowest rank.
     reduction_seconds
         What the end of the step takes, once all ranks have come there.
-
-    Raises
-    ------
-    FlexSPError
-        If the cost model has no price for a degree of the plan.
     """
     factors = np.ones((plan.domain_size, pipeline_stages))
     if slowdowns is not None:
         given = np.asarray(slowdowns, dtype=np.float64)
         factors *= given[:, None] if given.ndim == 1 else given
-    seconds = micro_batch_seconds(plan, lengths, cost_model)
+    seconds = np.asarray(micro_batch_seconds, dtype=np.float64).tolist()
     durations = np.array(
         [
             alone * factors[item.ranks.start : item.ranks.stop].max(axis=0)

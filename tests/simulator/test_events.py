@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_flexsp.planner import CostModel, MicroBatch, Plan, plan, step_seconds
-from megatron_flexsp.simulator import simulate
+from megatron_flexsp.planner import CostModel, MicroBatch, Plan, micro_batch_seconds, plan, step_seconds
+from megatron_flexsp.simulator import simulate as simulate_seconds
 from megatron_flexsp.simulator.events import Kind
 
 COSTS = CostModel(
@@ -21,6 +21,10 @@ COSTS = CostModel(
     exchange_bytes_per_token=1,
     exchange_bandwidth_bytes_per_second={2: 4000, 4: 2000, 8: 500},
 )
+
+
+def simulate(made, lengths, cost_model, **options):
+    return simulate_seconds(made, micro_batch_seconds(made, lengths, cost_model), **options)
 
 
 def plan_of(*micro_batches, schedule="nested", domain_size=2):
