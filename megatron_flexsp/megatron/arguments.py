@@ -77,6 +77,12 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         help="The longest that the planner may improve one plan.",
     )
     group.add_argument(
+        "--flexsp-trace",
+        metavar="DIR",
+        help="Write each step's plan, and when every micro-batch ran on every rank, into this folder; "
+        "`flexsp report DIR` shows it.",
+    )
+    group.add_argument(
         "--flexsp-mock-lengths",
         metavar="SPEC",
         help="Document lengths for --mock-data: lognormal:mean=1024,sigma=1.5,min=128,max=8192, or a file with "
@@ -100,6 +106,8 @@ class Settings:
     plan_ahead: int
     solver_time_limit_seconds: float
     mock_lengths: str | None
+    trace: str | None
+    """Folder for a trace of the run."""
     domain_size: int
     slice_multiple: int
     """What a rank's slice must divide by: the tensor-parallel size under sequence parallelism."""
@@ -263,6 +271,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         plan_ahead=args.flexsp_plan_ahead,
         solver_time_limit_seconds=args.flexsp_solver_time_limit,
         mock_lengths=args.flexsp_mock_lengths,
+        trace=args.flexsp_trace,
         domain_size=domain_size,
         slice_multiple=args.tensor_model_parallel_size if args.sequence_parallel else 1,
         count_multiple=count_multiple,

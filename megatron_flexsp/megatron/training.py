@@ -6,6 +6,8 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetC
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
 from megatron_flexsp.megatron.step_log import log_step
+from megatron_flexsp.megatron.tracing import Tracer
 from megatron_flexsp.planner import Plan
 
 
@@ -42,6 +45,7 @@ class FlexSPTraining:
         self._context: Context | None = None
         self._iterators: tuple[PlannedBatches | None, ...] | None = None
         self._accounted: Plan | None = None
+        self._tracer: Tracer | None = None
         self._checked_models: set[Any] = set()
 
     def configure(self, settings: Settings) -> None:
@@ -116,6 +120,9 @@ class FlexSPTraining:
             self._account(batch)
             log_step(self.context, batch)
             self._accounted = batch.plan
+        tracer = None if forward_only else self._tracer
+        if tracer is not None:
+            tracer.begin(get_args().curr_iteration + 1, batch)
         micro_batches = batch.micro_batches
         result = schedule(
             data_iterator=iter(micro_batches) if chunks is None else [iter(micro_batches) for _ in range(chunks)],
@@ -123,6 +130,8 @@ class FlexSPTraining:
             forward_only=forward_only,
             **others,
         )
+        if tracer is not None:
+            tracer.end()
         # The device is still at work on this step while the hosts agree on the ones after the next.
         planned_batches.prepare()
         return result
@@ -157,13 +166,16 @@ class FlexSPTraining:
             positions=positions,
         )
         timers("batch-generator").stop()
-        output = model(
-            None if tokens is None else tokens.unsqueeze(0),
-            positions.unsqueeze(0),
-            None,
-            labels=None if labels is None else labels.unsqueeze(0),
-            packed_seq_params=params,
-        )
+        with nullcontext() if self._tracer is None else self._tracer.forward(item):
+            output = model(
+                None if tokens is None else tokens.unsqueeze(0),
+                positions.unsqueeze(0),
+                None,
+                labels=None if labels is None else labels.unsqueeze(0),
+                packed_seq_params=params,
+            )
+        if self._tracer is not None:
+            self._tracer.watch_backward(item, output)
         return output, functools.partial(script_loss, loss_mask, model=model)
 
     def _dataset_provider(self) -> Callable[..., Any]:
@@ -188,6 +200,8 @@ class FlexSPTraining:
         parts = [part for source in sources if source is not None for part in source.parts]
         longest = max(parts, key=lambda part: part.longest)
         self._context = build_context(args, settings, longest.longest, longest.name)
+        if settings.trace is not None:
+            self._tracer = Tracer(Path(settings.trace), self.context)
         _announce(self.context)
         for part in parts:
             print_rank_0(f" > [flexsp] {part.describe()}")

@@ -43,9 +43,9 @@ def timeline(trace: Trace, steps: Sequence[Step], shown: Step) -> go.Figure:
         **_PAPER,
         barmode="overlay",
         bargap=0.1,
-        height=max(240, min(1100, 150 + _ROW_PIXELS * rows)),
-        margin={"l": 50, "r": 10, "t": 50, "b": 45},
-        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 1.0, "xanchor": "right"},
+        height=max(240, min(1100, 190 + _ROW_PIXELS * rows)),
+        margin={"l": 50, "r": 10, "t": 50, "b": 90},
+        legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"},
         xaxis={"title": "seconds since the step began", "gridcolor": "#eeeeee", "zeroline": False},
         yaxis={"title": "rank", "autorange": "reversed", "type": "category", "showgrid": False},
     )
