@@ -1,11 +1,11 @@
-"""What each step's plan looked like: a line in Megatron's log and figures for its TensorBoard."""
+"""What each step's plan looked like: a line in Megatron's log, and figures for its TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import numpy as np
-from megatron.training import get_args, get_tensorboard_writer, print_rank_0
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_0
 
 from megatron_flexsp.megatron.batches import PlannedBatch
 from megatron_flexsp.megatron.context import Context
@@ -13,10 +13,10 @@ from megatron_flexsp.planner import balance, padding_share
 
 
 def log_step(context: Context, batch: PlannedBatch) -> None:
-    """Log one training step's plan. Rank 0 prints; the rank that has Megatron's writer writes."""
-    writer = get_tensorboard_writer()
+    """Log one training step's plan. Rank 0 prints; the rank that has Megatron's writers writes."""
+    writer, wandb_run = get_tensorboard_writer(), get_wandb_writer()
     printing = context.channel.plans_here
-    if writer is None and not printing:
+    if writer is None and wandb_run is None and not printing:
         return
     plan, lengths = batch.plan, batch.lengths
     figures = {
@@ -34,6 +34,8 @@ def log_step(context: Context, batch: PlannedBatch) -> None:
     if writer is not None:
         for name, value in figures.items():
             writer.add_scalar(f"flexsp/{name}", value, iteration)
+    if wandb_run is not None:
+        wandb_run.log({f"flexsp/{name}": value for name, value in figures.items()}, iteration)
     if not printing:
         return
     degrees = Counter(item.degree for item in plan.micro_batches if not item.is_filler)
