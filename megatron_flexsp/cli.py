@@ -31,6 +31,7 @@ SUBCOMMANDS = {
         "megatron_flexsp.simulator.command", "simulate_command", "Foresee what FlexSP brings on given data."
     ),
     "report": Subcommand("megatron_flexsp.report.command", "report_command", "Show what happened in a run."),
+    "profile": Subcommand("megatron_flexsp.profiler.command", "profile", "Measure a job and write its cost model."),
     "prepare": Subcommand("megatron_flexsp.prepare.command", "prepare", "Make a Megatron data set from text."),
 }
 

@@ -83,6 +83,19 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "`flexsp report DIR` shows it.",
     )
     group.add_argument(
+        "--flexsp-profile",
+        metavar="PATH",
+        help="Measure this job instead of training it, write its cost model to this JSON file, and compare planned "
+        "steps with it. Switches FlexSP on. Give the file to --flexsp-cost-model afterwards.",
+    )
+    group.add_argument(
+        "--flexsp-profile-seconds",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="How long --flexsp-profile measures steps. Every kind of step is run three to nine times.",
+    )
+    group.add_argument(
         "--flexsp-mock-lengths",
         metavar="SPEC",
         help="Document lengths for --mock-data: lognormal:mean=1024,sigma=1.5,min=128,max=8192, or a file with "
@@ -108,6 +121,9 @@ class Settings:
     mock_lengths: str | None
     trace: str | None
     """Folder for a trace of the run."""
+    profile: str | None
+    """Where to write the cost model that is measured instead of training."""
+    profile_seconds: float
     domain_size: int
     slice_multiple: int
     """What a rank's slice must divide by: the tensor-parallel size under sequence parallelism."""
@@ -238,12 +254,17 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
     for flag, value, least in (
         ("--flexsp-plan-ahead", args.flexsp_plan_ahead, 1),
         ("--flexsp-solver-time-limit", args.flexsp_solver_time_limit, 0),
+        ("--flexsp-profile-seconds", args.flexsp_profile_seconds, 0),
         ("--flexsp-max-tokens-per-rank", args.flexsp_max_tokens_per_rank, 1),
     ):
         if value is not None and not value >= least:  # nan is not
             raise FlexSPError(f"{flag} {value}: must be at least {least}")
     if args.flexsp_static_degree is not None and args.flexsp_schedule != "static":
         raise FlexSPError("--flexsp-static-degree needs --flexsp-schedule static")
+    if args.flexsp_profile is not None and args.flexsp_cost_model is not None:
+        raise FlexSPError("--flexsp-profile measures a cost model: take --flexsp-cost-model out")
+    if args.flexsp_profile is not None and args.skip_train:
+        raise FlexSPError("--flexsp-profile runs training steps: take --skip-train out")
     if args.flexsp_mock_lengths is not None and not args.mock_data:
         raise FlexSPError("--flexsp-mock-lengths needs --mock-data")
 
@@ -272,6 +293,8 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         solver_time_limit_seconds=args.flexsp_solver_time_limit,
         mock_lengths=args.flexsp_mock_lengths,
         trace=args.flexsp_trace,
+        profile=args.flexsp_profile,
+        profile_seconds=args.flexsp_profile_seconds,
         domain_size=domain_size,
         slice_multiple=args.tensor_model_parallel_size if args.sequence_parallel else 1,
         count_multiple=count_multiple,

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -54,6 +55,13 @@ class PlannedBatch:
     waited_for_data_seconds: float
 
 
+class TokenSource(Protocol):
+    """Where tokens come from."""
+
+    def read(self, sample: int, start: int, count: int) -> NDArray[Any]:
+        """``count`` tokens of a sample from ``start``."""
+
+
 class SliceReader:
     """Reads a rank's slices of a planned batch.
 
@@ -73,7 +81,7 @@ class SliceReader:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: TokenSource,
         domain_rank: int,
         slice_multiple: int,
         reads_tokens: bool,
@@ -180,6 +188,27 @@ class PlannedBatches:
         waited_for_data = time.perf_counter() - started
         return PlannedBatch(lengths, plan, micro_batches, waited_for_plan, waited_for_data)
 
+    def expect(self, batch: PlannedBatch | None, sequences: int) -> PlannedBatch:
+        """The batch that ``__next__`` gave, if it is what Megatron asks for.
+
+        Raises
+        ------
+        FlexSPError
+            If the data is used up, or the batch has another number of sequences.
+        """
+        if batch is None:
+            raise FlexSPError(
+                f"{self.source.name}: its {len(self.source):,} sequences are used up. A resumed run must ask for as "
+                "many as before: keep --train-iters or --train-samples, --eval-iters, --eval-interval and the batch "
+                "size"
+            )
+        if len(batch.lengths) != sequences:
+            raise FlexSPError(
+                f"the batch has {len(batch.lengths)} sequences where Megatron expects {sequences}: the batch size "
+                "changed in a way that was not foreseen. Resume from the last checkpoint"
+            )
+        return batch
+
     def prepare(self) -> None:
         """Share the coming plans and begin to read their slices. Collective, as ``__next__`` is.
 
@@ -208,6 +237,28 @@ class PlannedBatches:
         waited = time.perf_counter() - started
         slices = self._reader_thread.submit(self._reader.read, plan, samples, lengths)
         self._reading.append((lengths, plan, waited, slices))
+
+
+class GivenBatch:
+    """In the place of ``PlannedBatches``: one batch that is not the training data's, for measuring.
+
+    Parameters
+    ----------
+    batch
+        What this rank runs.
+    after_schedule
+        Called when the step's last backward is launched.
+    """
+
+    def __init__(self, batch: PlannedBatch, after_schedule: Callable[[], None]) -> None:
+        self._batches = iter((batch,))
+        self.prepare = after_schedule
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        return self
+
+    def __next__(self) -> PlannedBatch:
+        return next(self._batches)
 
 
 def batches_from(consumed: int, total: int, size_at: Callable[[int], int]) -> Iterator[range]:

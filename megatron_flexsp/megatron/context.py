@@ -39,8 +39,12 @@ class Context:
     static_degree: int | None
     """The degree of all micro-batches of the static schedule; None for the others."""
     groups: GroupPool
+    hosts_group: dist.ProcessGroup
+    """All ranks of the world over gloo: what goes through it keeps no device waiting."""
     channel: PlanChannel
     domain_rank: int
+    request: PlanRequest
+    """How plans are made."""
     planner: PlanningService | None
     """Plans in a process of its own; on the planning rank only."""
 
@@ -128,7 +132,9 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         token_capacity=capacity,
         static_degree=static_degree,
         groups=groups,
+        hosts_group=hosts_group,
         channel=channel,
+        request=request,
         domain_rank=groups.domain.index(dist.get_rank()),
         planner=PlanningService(request) if channel.plans_here else None,
     )

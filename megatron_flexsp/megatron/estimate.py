@@ -76,7 +76,7 @@ def estimate_cost_model(
         layer_seconds = _GPU_LAYER_SECONDS
         budget_bytes = _USABLE_MEMORY * gpu[1]
 
-    exchanges = 4 * layers  # one before and one after each attention, forward and backward
+    exchanges = exchanges_per_micro_batch(args)
     wide = [degree for degree in degrees if degree > 1]
     return CostModel(
         memory_budget_bytes=budget_bytes,
@@ -85,13 +85,26 @@ def estimate_cost_model(
         attention_seconds_per_token_squared=attention_operations / flops,
         linear_seconds_per_token=linear_operations / flops,
         micro_batch_overhead_seconds=layers * layer_seconds,
-        exchange_bytes_per_token=4 * layers * (query_width + key_value_width) * bytes_per_value / tensor_size,
+        exchange_bytes_per_token=exchange_bytes_per_token(args),
         exchange_bandwidth_bytes_per_second={
             degree: _bandwidth(degree * tensor_size, ranks_per_node, gpu is None) for degree in wide
         },
         exchange_latency_seconds={degree: exchanges * _latency(degree, gpu is None) for degree in wide},
         note="estimated from the model's arguments, not measured",
     )
+
+
+def exchanges_per_micro_batch(args: argparse.Namespace) -> int:
+    """All-to-alls of the fullest pipeline stage: one before and one after each attention, forward and backward."""
+    return 4 * -(-args.num_layers // args.pipeline_model_parallel_size)
+
+
+def exchange_bytes_per_token(args: argparse.Namespace) -> float:
+    """Bytes that a micro-batch's all-to-alls carry for each token: queries, keys, values and the result."""
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    width = (args.num_attention_heads + groups) * args.kv_channels
+    bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
+    return exchanges_per_micro_batch(args) * width * bytes_per_value / args.tensor_model_parallel_size
 
 
 def _bandwidth(ranks: int, ranks_per_node: int, cpu: bool) -> float:

@@ -20,8 +20,9 @@ def install(command_line: Sequence[str]) -> None:
         If a place that is to be changed is not as expected.
     """
     seams.install([_flags_seam()])
-    if "--flexsp" in command_line:
-        _install_training()
+    profiles = any(word.split("=")[0] == "--flexsp-profile" for word in command_line)
+    if "--flexsp" in command_line or profiles:
+        _install_training(profiles)
     elif any(word.startswith("--flexsp-") for word in command_line):
         raise FlexSPError("there are --flexsp-... flags but no --flexsp, which switches them on: add it")
 
@@ -46,10 +47,10 @@ def _flags_seam() -> Seam:
     )
 
 
-def _install_training() -> None:
+def _install_training(profiles: bool) -> None:
     """Everything that changes how a run trains."""
     # Imported here: a run without --flexsp never loads these.
-    from megatron_flexsp.megatron import packed_attention, training
+    from megatron_flexsp.megatron import packed_attention, profiling, training
 
     run = training.FlexSPTraining()
 
@@ -60,6 +61,8 @@ def _install_training() -> None:
             if args.micro_batch_size is None:
                 args.micro_batch_size = 1
             arguments.settings_from_args(args)
+            if profiles:
+                profiling.prepare_arguments(args)
             validated = original(args, defaults or {})
             # Pipeline stages exchange shapes, and the configuration refuses that with its default
             # dispatcher even where there are no experts to dispatch to.
@@ -140,6 +143,15 @@ def _install_training() -> None:
             "turns each token by its position in its document",
         ),
     ]
+    if profiles:
+        planned.append(
+            Seam(
+                "megatron.training.training:train_step",
+                ("forward_step_func", "data_iterator", "model", "optimizer"),
+                profiling.Profiler(run).wrap_train_step,
+                "measures the job instead of training it",
+            )
+        )
     called = [
         Seam("megatron.training.training:update_seqlen_stats_from_cu_seqlens", ("cu_seqlens",), None, "counts FLOPs"),
         Seam("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", (), None, "is asked"),

@@ -22,10 +22,12 @@ from torch import Tensor
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.batches import (
+    GivenBatch,
     LocalMicroBatch,
     PlannedBatch,
     PlannedBatches,
     SliceReader,
+    TokenSource,
     batches_from,
 )
 from megatron_flexsp.megatron.context import Context, build_context, on_cpu
@@ -100,27 +102,18 @@ class FlexSPTraining:
         chunks = len(data_iterator) if isinstance(data_iterator, list) else None
         # Under interleaving every model chunk has an iterator, all of the same object; one batch serves all.
         iterator = data_iterator if chunks is None else data_iterator[0]
-        planned_batches: PlannedBatches = iterator.iterable  # inside Megatron's RerunDataIterator
-        batch: PlannedBatch | None = next(iterator, None)
-        if batch is None:
-            raise FlexSPError(
-                f"{planned_batches.source.name}: its {len(planned_batches.source):,} sequences are used up. A resumed "
-                "run must ask for as many as before: keep --train-iters or --train-samples, --eval-iters, "
-                "--eval-interval and the batch size"
-            )
-        expected = num_microbatches * self._settings.domain_size
-        if len(batch.lengths) != expected:
-            raise FlexSPError(
-                f"the batch has {len(batch.lengths)} sequences where Megatron expects {expected}: the batch size "
-                "changed in a way that was not foreseen. Resume from the last checkpoint"
-            )
-        if not forward_only and batch.plan is not self._accounted:
-            # Once for each batch, though Megatron runs it again where it checks for faults. Before the
-            # schedule, so that copying the lengths waits for nothing.
-            self._account(batch)
-            log_step(self.context, batch)
-            self._accounted = batch.plan
-        tracer = None if forward_only else self._tracer
+        batches: PlannedBatches | GivenBatch = iterator.iterable  # inside Megatron's RerunDataIterator
+        batch: Any = next(iterator, None)
+        tracer = None
+        if isinstance(batches, PlannedBatches):
+            batch = batches.expect(batch, num_microbatches * self._settings.domain_size)
+            if not forward_only and batch.plan is not self._accounted:
+                # Once for each batch, though Megatron runs it again where it checks for faults. Before the
+                # schedule, so that copying the lengths waits for nothing.
+                self._account(batch)
+                log_step(self.context, batch)
+                self._accounted = batch.plan
+            tracer = None if forward_only else self._tracer
         if tracer is not None:
             tracer.begin(get_args().curr_iteration + 1, batch)
         micro_batches = batch.micro_batches
@@ -133,7 +126,7 @@ class FlexSPTraining:
         if tracer is not None:
             tracer.end()
         # The device is still at work on this step while the hosts agree on the ones after the next.
-        planned_batches.prepare()
+        batches.prepare()
         return result
 
     def _account(self, batch: PlannedBatch) -> None:
@@ -209,23 +202,34 @@ class FlexSPTraining:
         sizes = (_train_batch_size, _evaluation_batch_size, _evaluation_batch_size)
         return tuple(map(self._iterator, sources, consumed, sizes))
 
+    def reader(self, source: TokenSource) -> SliceReader:
+        """Reads this rank's slices of what a source holds."""
+        first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+        return SliceReader(
+            source,
+            self.context.domain_rank,
+            self._settings.slice_multiple,
+            reads_tokens=first(ignore_virtual=True) or last(ignore_virtual=True),
+            gpu=None if on_cpu() else torch.cuda.current_device(),
+        )
+
+    @property
+    def training_source(self) -> SampleSource:
+        """The documents to train on; there once the data is built."""
+        assert self._iterators is not None
+        batches = self._iterators[0]
+        assert batches is not None
+        return batches.source
+
     def _iterator(
         self, source: SampleSource | None, consumed: int, size_at: Callable[[int], int]
     ) -> PlannedBatches | None:
         if source is None:
             return None
         context = self.context
-        first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
-        reader = SliceReader(
-            source,
-            context.domain_rank,
-            context.settings.slice_multiple,
-            reads_tokens=first(ignore_virtual=True) or last(ignore_virtual=True),
-            gpu=None if on_cpu() else torch.cuda.current_device(),
-        )
         return PlannedBatches(
             source,
-            reader,
+            self.reader(source),
             context.channel,
             batches_from(consumed, len(source), size_at),
             context.planner,

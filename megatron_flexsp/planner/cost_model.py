@@ -58,6 +58,10 @@ class CostModel:
     exchange_latency_seconds: Mapping[int, float] = field(default_factory=dict, hash=False)
     """Seconds that a micro-batch's exchanges cost beside their bytes, by degree; missing means 0."""
 
+    step_overhead_seconds: float = 0.0
+    """Seconds that every step costs beside its micro-batches: reducing gradients, the optimizer. No plan changes
+    it, so plans leave it out: a measured step compares with a plan's predicted seconds plus this."""
+
     note: str = ""
     """Free text for people."""
 
@@ -65,7 +69,7 @@ class CostModel:
     """Where the constants come from, as the profiler left it; the planner does not read it."""
 
     def __post_init__(self) -> None:
-        for key in _NUMBER_KEYS:
+        for key in (*_NUMBER_KEYS, *_OPTIONAL_NUMBER_KEYS):
             _check_number(key, getattr(self, key))
         for key in _TABLE_KEYS:
             for degree, value in getattr(self, key).items():
@@ -122,6 +126,7 @@ class CostModel:
         data |= {
             key: {str(degree): value for degree, value in sorted(getattr(self, key).items())} for key in _TABLE_KEYS
         }
+        data |= {key: getattr(self, key) for key in _OPTIONAL_NUMBER_KEYS if getattr(self, key)}
         if self.measurement:
             data["measurement"] = dict(self.measurement)
         return json.dumps(data, indent=2) + "\n"
@@ -203,7 +208,12 @@ class CostModel:
 
 
 _TABLE_KEYS = ("exchange_bandwidth_bytes_per_second", "exchange_latency_seconds")
-_NUMBER_KEYS = tuple(item.name for item in fields(CostModel) if item.name not in (*_TABLE_KEYS, "note", "measurement"))
+_OPTIONAL_NUMBER_KEYS = ("step_overhead_seconds",)
+_NUMBER_KEYS = tuple(
+    item.name
+    for item in fields(CostModel)
+    if item.name not in (*_TABLE_KEYS, *_OPTIONAL_NUMBER_KEYS, "note", "measurement")
+)
 
 
 def _check_number(key: str, value: object) -> None:

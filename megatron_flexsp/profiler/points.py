@@ -1,0 +1,113 @@
+"""What to run in order to learn a cost model: steps in which every rank is busy with packs of one kind.
+
+A degree's blocks all run at the same time, as they do in training, so that what ranks share (cores, links,
+switches) is shared. A point's step takes a known multiple of one micro-batch's seconds, plus what every step costs.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_flexsp.planner import MicroBatch, Plan, first_ranks
+
+_TOKEN_SHARES = (1.0, 0.5, 0.25)
+"""How full a rank's memory is, over the points."""
+_ROUNDS = (1, 3)
+"""Micro-batches of each rank: two counts tell what a step costs from what a micro-batch costs."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Equal packs on all blocks of a degree, so many times one after the other."""
+
+    degree: int
+    lengths: tuple[int, ...]
+    """Tokens of each sequence of one pack."""
+
+    rounds: int
+    """Micro-batches that each rank runs."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one pack."""
+        return sum(self.lengths)
+
+    @property
+    def tokens_squared(self) -> int:
+        """Sum of the squared lengths of one pack."""
+        return sum(length**2 for length in self.lengths)
+
+
+def choose_points(
+    degrees: Sequence[int], tokens_per_rank: int, lengths: NDArray[np.int64], longest: int, count_multiple: int = 1
+) -> list[Point]:
+    """Points that tell the cost model's constants apart, in the range that the job's plans will use.
+
+    Parameters
+    ----------
+    degrees
+        The group sizes to measure.
+    tokens_per_rank
+        Tokens that a rank can hold in one micro-batch.
+    lengths
+        A sample of the job's own lengths: packs of short sequences are made of its quantiles.
+    longest
+        Tokens of the longest sequence that can come.
+    count_multiple
+        What a rank's micro-batch count must divide by.
+    """
+    points = []
+    for degree in degrees:
+        for number, share in enumerate(_TOKEN_SHARES):
+            tokens = max(1, int(tokens_per_rank * share)) * degree
+            packs = {_one_long(tokens, longest), _like_the_data(tokens, lengths[lengths <= longest], longest)}
+            for pack in sorted(packs, key=len):
+                counts = _ROUNDS if number < 2 else _ROUNDS[:1]
+                points += [Point(degree, pack, rounds * count_multiple) for rounds in counts]
+    return points
+
+
+def _one_long(tokens: int, longest: int) -> tuple[int, ...]:
+    """A pack of as few sequences as can be."""
+    whole, rest = divmod(tokens, longest)
+    return (longest,) * whole + ((rest,) if rest else ())
+
+
+def _like_the_data(tokens: int, lengths: NDArray[np.int64], longest: int) -> tuple[int, ...]:
+    """A pack of the data's own lengths: its quantiles, as many of them as fill the pack."""
+    fitting = np.sort(lengths[lengths <= tokens])
+    if not fitting.size:
+        return _one_long(tokens, longest)
+    count = max(1, round(tokens / float(fitting.mean())))
+    quantiles = (np.arange(count) + 0.5) / count
+    chosen = np.quantile(fitting, quantiles, method="nearest")
+    pack = chosen[np.cumsum(chosen) <= tokens].tolist()
+    return (*pack, *_one_long(tokens - sum(pack), longest))
+
+
+def plan_of(point: Point, domain_size: int) -> tuple[Plan, NDArray[np.int64]]:
+    """The plan that runs a point, and the lengths of its sequences.
+
+    Where the degree's blocks don't cover the domain, the remaining ranks run half as much, so that they are busy
+    and never late.
+    """
+    starts = list(first_ranks(point.degree, domain_size))
+    covered = {rank for start in starts for rank in range(start, start + point.degree)}
+    lengths: list[int] = []
+    items: list[MicroBatch] = []
+
+    def add(first_rank: int, degree: int, pack: Iterable[int]) -> None:
+        begin = len(lengths)
+        lengths.extend(pack)
+        items.append(MicroBatch(first_rank, degree, tuple(range(begin, len(lengths)))))
+
+    for _ in range(point.rounds):
+        for start in starts:
+            add(start, point.degree, point.lengths)
+    for rank in sorted(set(range(domain_size)) - covered):
+        for _ in range(point.rounds):
+            add(rank, 1, [max(1, point.tokens // (2 * point.degree))])
+    plan = Plan(domain_size, "nested", tuple(items), 0.0, 0.0, 0.0, "heuristic")
+    return plan, np.array(lengths, dtype=np.int64)

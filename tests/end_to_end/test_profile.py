@@ -1,0 +1,39 @@
+"""A job measures itself instead of training; the file that it writes plans."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_flexsp.planner import CostModel, plan
+
+from .conftest import JOB, LLAMA, ROOT
+
+SCRIPT = str(ROOT / "scripts" / "pretrain_gpt.py")
+LAUNCHER = ("-m", "megatron_flexsp.run", "--cpu")
+MOCK = ("--mock-data", "--flexsp-mock-lengths", "lognormal:mean=16,sigma=1,min=2,max=48")
+
+
+def test_a_job_measures_itself(torchrun: Callable, tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    job = (*JOB, *LLAMA, *MOCK, "--flexsp-max-tokens-per-rank", "24", "--save", str(tmp_path / "saved"))
+    done = torchrun(
+        2, *LAUNCHER, SCRIPT, *job, "--flexsp-profile", str(path), "--flexsp-profile-seconds", "0", "--lr", "1e3"
+    )
+    assert "predicted against measured" in done.stdout
+    assert not (tmp_path / "saved").exists(), "measuring saves no checkpoint"
+
+    cost_model = CostModel.load(path)
+    assert set(cost_model.exchange_bandwidth_bytes_per_second) == {2}
+    assert cost_model.token_capacity == 24
+    assert cost_model.linear_seconds_per_token + cost_model.micro_batch_overhead_seconds > 0
+    assert cost_model.step_overhead_seconds >= 0
+    # 4 layers of width 32 in fp32 keep well over ten vectors of that width for each token.
+    assert 4 * 10 * 32 * 4 < cost_model.activation_bytes_per_token < 4 * 200 * 32 * 4
+    record = json.loads(path.read_text())["measurement"]
+    assert {point["degree"] for point in record["points"]} == {1, 2}
+    assert len(record["check"]) >= 4
+    assert record["job"]["num_layers"] == 4
+    assert {"date", "device", "network", "versions", "fit", "exchanges", "memory"} <= record.keys()
+
+    made = plan([40, 30, 20, 10, 5, 5], cost_model, 2)
+    made.validate([40, 30, 20, 10, 5, 5], 24)
