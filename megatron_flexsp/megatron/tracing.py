@@ -7,9 +7,11 @@ with an idle device (Megatron reads the loss back), which is what ties a rank's 
 from __future__ import annotations
 
 import atexit
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +102,7 @@ class Tracer:
         self._clock: _Clock = _HostClock() if on_cpu() else _DeviceClock()
         self._step: _Step | None = None
         self._unwritten: deque[_Step] = deque()
+        self._thread = ThreadPoolExecutor(1, "flexsp-trace")  # a plan of a large domain takes a while to spell out
         shape = (context.settings.domain_size, context.settings.pipeline_stages)
         self._plans = TraceWriter(folder, PLANS, *shape) if context.channel.plans_here else None
         self._passes = None
@@ -111,7 +114,7 @@ class Tracer:
     def begin(self, number: int, batch: PlannedBatch) -> None:
         """A step begins."""
         if self._plans is not None:
-            self._plans.write_plan(number, planned_line(batch.plan, batch.lengths, self._context.cost_model))
+            self._behind(self._write_plan, number, batch)
         if self._passes is None:
             return
         rank = self._context.domain_rank
@@ -157,9 +160,17 @@ class Tracer:
         self._unwritten.append(self._step)
         self._step = None
         while self._unwritten and self._clock.is_past(self._unwritten[0].end):
-            self._write(self._unwritten.popleft())
+            self._behind(self._write_passes, self._unwritten.popleft())
 
-    def _write(self, step: _Step) -> None:
+    def _behind(self, write: Callable[..., None], *args: Any) -> None:
+        """Write while training goes on; training goes on too where that fails."""
+        self._thread.submit(write, *args).add_done_callback(_warn_of_failure)
+
+    def _write_plan(self, number: int, batch: PlannedBatch) -> None:
+        assert self._plans is not None
+        self._plans.write_plan(planned_line(batch.plan, batch.lengths, self._context.cost_model, step=number))
+
+    def _write_passes(self, step: _Step) -> None:
         assert self._passes is not None
         seconds, start = self._clock.seconds, step.start
         passes: Sequence[tuple[int, str, float, float]] = [
@@ -171,4 +182,10 @@ class Tracer:
     def _finish(self) -> None:
         """The run ends; the device has done all that it will do."""
         while self._unwritten and self._clock.is_past(self._unwritten[0].end):
-            self._write(self._unwritten.popleft())
+            self._write_passes(self._unwritten.popleft())
+
+
+def _warn_of_failure(written: Future[None]) -> None:
+    error = written.exception()
+    if error is not None:
+        print(f"megatron-flexsp: warning: --flexsp-trace: a step is missing: {error}", file=sys.stderr, flush=True)

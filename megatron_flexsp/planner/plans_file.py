@@ -42,10 +42,12 @@ class PlannedStep:
 
 def planned_line(plan: Plan, lengths: ArrayLike, cost_model: CostModel, **about: object) -> str:
     """A plan as one line of the file, without its newline."""
-    data = json.loads(plan.to_json())
-    data["lengths"] = np.asarray(lengths).tolist()
-    data["micro_batch_seconds"] = micro_batch_seconds(plan, lengths, cost_model).tolist()
-    return json.dumps(data | about)
+    more = {
+        "lengths": np.asarray(lengths).tolist(),
+        "micro_batch_seconds": micro_batch_seconds(plan, lengths, cost_model).tolist(),
+        **about,
+    }
+    return f"{plan.to_json().removesuffix('}')}, {json.dumps(more).removeprefix('{')}"
 
 
 def parse_planned_line(text: str, source: str) -> PlannedStep:

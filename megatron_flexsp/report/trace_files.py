@@ -66,9 +66,9 @@ class TraceWriter:
         except OSError as error:
             raise FlexSPError(f"--flexsp-trace {folder}: cannot write {name} ({error.strerror})") from None
 
-    def write_plan(self, step: int, planned_line: str) -> None:
-        """One step's plan, as ``planned_line`` made it."""
-        self._file.write(json.dumps(json.loads(planned_line) | {"step": step}) + "\n")
+    def write_plan(self, planned_line: str) -> None:
+        """One step's plan, as ``planned_line`` made it with ``step=`` its number."""
+        self._file.write(planned_line + "\n")
 
     def write_passes(
         self, step: int, began: float, seconds: float, waited_seconds: float, passes: Sequence[Pass]

@@ -29,7 +29,7 @@ LENGTHS = [300, 50]
 def write(folder: Path, steps: range, ranks: tuple[int, ...] = (0, 1)) -> None:
     plans = TraceWriter(folder, PLANS, 2, 1)
     for step in steps:
-        plans.write_plan(step, planned_line(PLAN, LENGTHS, COSTS))
+        plans.write_plan(planned_line(PLAN, LENGTHS, COSTS, step=step))
     plans.close()
     for rank in ranks:
         writer = TraceWriter(folder, rank_file(rank, 0), 2, 1)
