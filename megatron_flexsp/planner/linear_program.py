@@ -56,6 +56,13 @@ class LinearProgram:
         self._upper.append(upper)
         return len(self._lower) - 1
 
+    def add_rows(self, count: int, lower: float = -math.inf, upper: float = math.inf) -> NDArray[np.int64]:
+        """Further rows with the same limits; returns their numbers."""
+        first = len(self._lower)
+        self._lower += [lower] * count
+        self._upper += [upper] * count
+        return np.arange(first, first + count)
+
     def add_columns(
         self,
         cost: ArrayLike,

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from numpy.typing import ArrayLike
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner.bounds import lockstep_bound_seconds, nested_bound_seconds, simple_bound_seconds
+from megatron_flexsp.planner.bounds import lockstep_bound_seconds, simple_bound_seconds
 from megatron_flexsp.planner.cost_model import CostModel
 from megatron_flexsp.planner.endings import ranks_that_end_early
 from megatron_flexsp.planner.exhaustive import best_lockstep, best_nested, is_tiny
 from megatron_flexsp.planner.laws import SCHEDULES
 from megatron_flexsp.planner.lockstep import in_order, search_rounds
+from megatron_flexsp.planner.nested_bound import nested_bound_seconds
 from megatron_flexsp.planner.packing import with_fillers
 from megatron_flexsp.planner.plans import MicroBatch, Plan
 from megatron_flexsp.planner.problem import Problem, make_problem

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from megatron_flexsp.planner import CostModel, legal_degrees, plan
-from megatron_flexsp.planner.bounds import lockstep_bound_seconds, nested_bound_seconds, simple_bound_seconds
+from megatron_flexsp.planner.bounds import lockstep_bound_seconds, simple_bound_seconds
+from megatron_flexsp.planner.nested_bound import nested_bound_seconds
 from megatron_flexsp.planner.problem import make_problem
 from tests.planner.brute_force import best_seconds
 
