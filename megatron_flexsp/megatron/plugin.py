@@ -51,6 +51,7 @@ def _install_training(profiles: bool) -> None:
     """Everything that changes how a run trains."""
     # Imported here: a run without --flexsp never loads these.
     from megatron_flexsp.megatron import packed_attention, profiling, training
+    from megatron_flexsp.megatron.provenance import check_same_job
 
     run = training.FlexSPTraining()
 
@@ -69,7 +70,10 @@ def _install_training(profiles: bool) -> None:
             args.variable_seq_lengths = True
             args.moe_token_dispatcher_type = "alltoall"
             args.dataloader_type = "external"  # our iterators are handed through as they are
-            run.configure(arguments.settings_from_args(args))
+            settings = arguments.settings_from_args(args)
+            if settings.cost_model is not None:
+                check_same_job(args, settings.cost_model, settings.domain_size)
+            run.configure(settings)
             print_seams(args)
             return validated
 

@@ -36,7 +36,7 @@ from megatron_flexsp.profiler.record import check_writable, write_whole
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 9
 """Rounds over all points, whatever --flexsp-profile-seconds says."""
 _EXCHANGE_REPEATS = 5
-_CHECK_REPEATS = 3
+_MOST_CHECKS = 3
 _SAMPLED_LENGTHS = 4096
 _USABLE_MEMORY = 0.94
 """Of a GPU's memory that nothing outside the allocator takes: the rest is for its fragments."""
@@ -48,7 +48,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     """Make a run of the job's arguments that measures and leaves nothing behind but the cost model."""
     if args.rank == 0:
         check_writable(args.flexsp_profile)
-    args.save = args.load = None
+    args.save = args.load = args.flexsp_trace = None
     args.eval_iters = 0
     args.exit_interval = args.exit_duration_in_mins = None
     # Steps run as in training, and the weights stay: random text would drive them anywhere.
@@ -206,7 +206,7 @@ class _Measurement:
         domain_size = self._settings.domain_size
         batches = [self._runner.batch(*plan_of(point, domain_size), self._text) for point in points]
         for number, batch in enumerate(batches):
-            self._runner.seconds(batch)
+            self._runner.seconds(batch)  # kernels are chosen and memory is found: not what steps cost later
             show("warm-up", (number + 1) / len(batches))
         seconds: list[list[float]] = [[] for _ in points]
         spent, rounds = 0.0, 0
@@ -286,11 +286,16 @@ class _Measurement:
             plan = self._context.channel.share(lengths, self._planned(cost_model, degrees, lengths))
             batches.append(self._runner.batch(plan, lengths, self._reader(self._source), samples))
         seconds: list[list[float]] = [[] for _ in batches]
-        for repeat in range(_CHECK_REPEATS + 1):
+        spent, repeats = 0.0, 0
+        while not repeats or (
+            repeats < _MOST_CHECKS and spent * (repeats + 1) / repeats < self._settings.profile_seconds / 2
+        ):
             # One step differs from the next, as in training.
             for number, batch in enumerate(batches):
                 seconds[number].append(self._runner.seconds(batch))
-                show("check", (repeat + (number + 1) / len(batches)) / (_CHECK_REPEATS + 1))
+                spent += seconds[number][-1]
+                show("check", (repeats + (number + 1) / len(batches)) / _MOST_CHECKS)
+            repeats += 1
         overhead = 0.0 if cost_model is None else cost_model.step_overhead_seconds
         return [
             {
@@ -298,7 +303,7 @@ class _Measurement:
                 "micro_batches": len(batch.plan.micro_batches),
                 "tokens": int(batch.lengths.sum()),
                 "predicted_seconds": batch.plan.predicted_seconds + overhead,
-                "measured_seconds": float(np.median(taken[1:])),  # the first is a warm-up
+                "measured_seconds": float(np.median(taken)),
             }
             for batch, taken in zip(batches, seconds, strict=True)
         ]

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from megatron_flexsp import __version__
+from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.context import on_cpu
 from megatron_flexsp.megatron.seams import version as megatron_version
+from megatron_flexsp.planner import CostModel
 
 _INFINIBAND = Path("/sys/class/infiniband")
 
@@ -70,3 +72,28 @@ def describe_job(args: argparse.Namespace) -> dict[str, Any]:
     job["num_query_groups"] = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     job["params_dtype"] = str(args.params_dtype).removeprefix("torch.")
     return job
+
+
+def check_same_job(args: argparse.Namespace, cost_model: CostModel, domain_size: int) -> None:
+    """Refuse a cost model that was measured on another job. One that does not say where it is from is taken.
+
+    Raises
+    ------
+    FlexSPError
+        Names what differs.
+    """
+    measured = cost_model.measurement.get("job")
+    if not isinstance(measured, dict):
+        return
+    here = {**describe_job(args), "data-parallel ranks": domain_size}
+    there = {**measured, "data-parallel ranks": cost_model.measurement.get("domain_size")}
+    differences = [
+        f"{name.replace('_', '-')} {there[name]}, here {value}"
+        for name, value in here.items()
+        if name in there and there[name] != value and not (name == "padded_vocab_size" and value is None)
+    ]
+    if differences:
+        raise FlexSPError(
+            f"--flexsp-cost-model {args.flexsp_cost_model}: it was measured on another job: {'; '.join(differences)}. "
+            "Measure this one with --flexsp-profile"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,6 +33,7 @@ from megatron_flexsp.megatron.batches import (
 )
 from megatron_flexsp.megatron.context import Context, build_context, on_cpu
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
+from megatron_flexsp.megatron.drift import DriftWatch, profile_command
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
 from megatron_flexsp.megatron.step_log import log_step
@@ -48,6 +50,7 @@ class FlexSPTraining:
         self._iterators: tuple[PlannedBatches | None, ...] | None = None
         self._accounted: Plan | None = None
         self._tracer: Tracer | None = None
+        self._drift: DriftWatch | None = None
         self._checked_models: set[Any] = set()
 
     def configure(self, settings: Settings) -> None:
@@ -112,7 +115,10 @@ class FlexSPTraining:
                 # schedule, so that copying the lengths waits for nothing.
                 self._account(batch)
                 log_step(self.context, batch)
+                self._watch_time(batch.plan)
                 self._accounted = batch.plan
+            elif forward_only and self._drift is not None:
+                self._drift.pause()
             tracer = None if forward_only else self._tracer
         if tracer is not None:
             tracer.begin(get_args().curr_iteration + 1, batch)
@@ -128,6 +134,10 @@ class FlexSPTraining:
         # The device is still at work on this step while the hosts agree on the ones after the next.
         batches.prepare()
         return result
+
+    def _watch_time(self, plan: Plan) -> None:
+        if self._drift is not None and (warning := self._drift.begin_step(plan.predicted_seconds)) is not None:
+            print_rank_0(f" > [flexsp] warning: {warning}")
 
     def _account(self, batch: PlannedBatch) -> None:
         """Tell Megatron's FLOP count which sequences ran here; it adds the ranks up, so each counts once."""
@@ -196,6 +206,10 @@ class FlexSPTraining:
         if settings.trace is not None:
             self._tracer = Tracer(Path(settings.trace), self.context)
         _announce(self.context)
+        if settings.cost_model is not None and self.context.channel.plans_here:
+            path = args.flexsp_cost_model
+            overhead = settings.cost_model.step_overhead_seconds
+            self._drift = DriftWatch(path, overhead, profile_command(sys.argv, path))
         for part in parts:
             print_rank_0(f" > [flexsp] {part.describe()}")
         consumed = (args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0)

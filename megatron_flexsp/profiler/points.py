@@ -12,10 +12,17 @@ from numpy.typing import NDArray
 
 from megatron_flexsp.planner import MicroBatch, Plan, first_ranks
 
-_TOKEN_SHARES = (1.0, 0.5, 0.25)
-"""How full a rank's memory is, over the points."""
-_ROUNDS = (1, 3)
-"""Micro-batches of each rank: two counts tell what a step costs from what a micro-batch costs."""
+_KINDS = (
+    # How full a rank's memory is; whether the pack is like the data, or as few sequences as can be; micro-batches.
+    (1.0, False, 1),
+    (1.0, True, 1),
+    (0.5, False, 1),
+    (0.5, True, 2),
+    (0.25, True, 1),
+    (0.125, True, 4),
+)
+"""Two numbers of micro-batches tell what a step costs from what a micro-batch costs, two kinds of packs what squared
+lengths cost from what tokens cost, and sizes what every micro-batch costs."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,13 @@ def choose_points(
     count_multiple
         What a rank's micro-batch count must divide by.
     """
+    lengths = lengths[lengths <= longest]
     points = []
     for degree in degrees:
-        for number, share in enumerate(_TOKEN_SHARES):
+        for share, is_like_data, rounds in _KINDS:
             tokens = max(1, int(tokens_per_rank * share)) * degree
-            packs = {_one_long(tokens, longest), _like_the_data(tokens, lengths[lengths <= longest], longest)}
-            for pack in sorted(packs, key=len):
-                counts = _ROUNDS if number < 2 else _ROUNDS[:1]
-                points += [Point(degree, pack, rounds * count_multiple) for rounds in counts]
+            pack = _like_the_data(tokens, lengths, longest) if is_like_data else _one_long(tokens, longest)
+            points.append(Point(degree, pack, rounds * count_multiple))
     return points
 
 

@@ -1,4 +1,4 @@
-"""A job measures itself instead of training; the file that it writes plans."""
+"""A job measures itself instead of training; the file that it writes plans and trains."""
 
 import json
 from collections.abc import Callable
@@ -37,3 +37,10 @@ def test_a_job_measures_itself(torchrun: Callable, tmp_path: Path) -> None:
 
     made = plan([40, 30, 20, 10, 5, 5], cost_model, 2)
     made.validate([40, 30, 20, 10, 5, 5], 24)
+
+    trained = torchrun(
+        2, *LAUNCHER, SCRIPT, *JOB, *LLAMA, *MOCK, "--flexsp", "--flexsp-cost-model", str(path), "--train-iters", "2"
+    )
+    assert "cost model: measured on" in trained.stdout
+    assert "24 tokens a rank" in trained.stdout
+    assert "iteration        2/       2" in trained.stdout

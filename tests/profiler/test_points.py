@@ -22,7 +22,7 @@ def test_points_differ_in_what_the_constants_stand_for() -> None:
     points = choose_points((1, 2), 512, np.array([10, 20, 40, 80]), longest=1024)
     for degree in (1, 2):
         kinds = {(p.tokens, p.tokens_squared, p.rounds) for p in points if p.degree == degree}
-        assert len({tokens for tokens, _, _ in kinds}) == 3
-        assert len({rounds for _, _, rounds in kinds}) == 2
+        assert len({tokens for tokens, _, _ in kinds}) == 4
+        assert len({rounds for _, _, rounds in kinds}) == 3
         full = {squared for tokens, squared, _ in kinds if tokens == 512 * degree}
         assert max(full) > 5 * min(full), "one long sequence against many short ones"
