@@ -10,7 +10,8 @@ sequences, which spares its ranks a further micro-batch's overhead.
 import math
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import neg
 
 import numpy as np
@@ -62,8 +63,16 @@ class Packing:
     seconds: float
     """When the last rank has ended."""
 
-    micro_batches: tuple[MicroBatch, ...]
-    """In execution order, fillers included."""
+    levels: Sequence["_Level"]
+    """The packs of each degree, widest first."""
+
+    fillers: Sequence[MicroBatch]
+    """What brings every rank's count to what it must be."""
+
+    @cached_property
+    def micro_batches(self) -> tuple[MicroBatch, ...]:
+        """In execution order, fillers included. Of many passes only the best is asked for them."""
+        return (*(item for level in self.levels for item in level.micro_batches()), *self.fillers)
 
 
 def pack(problem: Problem, target_seconds: float, rules: Rules) -> Packing | None:
@@ -110,13 +119,11 @@ def pack(problem: Problem, target_seconds: float, rules: Rules) -> Packing | Non
         level.aligned_top_up = rules.top_up_to_alignment
         waiting = level.top_up(may) if rules.top_up_at_any_price or topping_up_pays(problem, level.degree) else may
         level.write_back(rank_seconds, rank_counts)
-    micro_batches = [item for level in levels for item in level.micro_batches()]
-    fillers = _fillers(rank_counts, problem.count_multiple)
-    packed = (*micro_batches, *fillers)
-    if problem.pipeline_stages > 1:
-        return Packing(path_seconds(problem, packed), packed)
     fillers_alone_seconds = problem.count_multiple * problem.overhead_seconds
-    return Packing(max(*rank_seconds, fillers_alone_seconds), packed)
+    packing = Packing(max(*rank_seconds, fillers_alone_seconds), levels, _fillers(rank_counts, problem.count_multiple))
+    if problem.pipeline_stages > 1:
+        return replace(packing, seconds=path_seconds(problem, packing.micro_batches))
+    return packing
 
 
 def path_seconds(problem: Problem, micro_batches: Sequence[MicroBatch]) -> float:
@@ -199,6 +206,7 @@ class _Level:
         self.degree = degree
         self._problem = problem
         self._target_seconds = target_seconds
+        self._tokens = problem.tokens
         self._added_seconds = problem.sequence_seconds[degree]
         self._first_ranks = first_ranks(degree, problem.domain_size)
         self._block_seconds = [rank_seconds[first] for first in self._first_ranks]
@@ -214,10 +222,10 @@ class _Level:
         self._most_work_seconds = most_seconds - problem.overhead_seconds - problem.latency_seconds[degree]
         self._open_packs: list[tuple[int, int]] = []
         self.aligned_top_up = False
-        self._reserved_seconds: list[float] | NDArray[np.float64] = [0.0] * len(self._first_ranks)
         if len(self._first_ranks) > _MANY_BLOCKS:
             self._opened_seconds = np.array(self._opened_seconds)
-            self._reserved_seconds = np.zeros(len(self._first_ranks))
+        # The same, with what has been reserved in packs that are open.
+        self._planned_seconds = self._opened_seconds.copy()
         self._window = 0
         self._rate = self._added_seconds[0] / problem.tokens[0]
         narrow = problem.degrees[0]
@@ -253,15 +261,18 @@ class _Level:
         reserve = rate * (self._problem.pack_tokens(self.degree) - self._problem.tokens[sequence])
         block = None
         if reserve > 0:
-            block = self._block_to_open(self._added_seconds[sequence], rules.open_on, reserve)
+            latest = self._target_seconds - self._added_seconds[sequence] - reserve
+            block = self._block_to_open(self._planned_seconds, latest, rules.open_on)
         if block is None:
-            block = self._block_to_open(self._added_seconds[sequence], rules.open_on, 0.0)
+            latest = self._target_seconds - self._added_seconds[sequence]
+            block = self._block_to_open(self._opened_seconds, latest, rules.open_on)
         if block is None:
             return False
-        self._reserved_seconds[block] += reserve
         self._block_seconds[block] = self._opened_seconds[block]
         self._block_counts[block] += 1
-        self._opened_seconds[block] += self._problem.opening_seconds(self.degree, self._block_counts[block])
+        opening = self._problem.opening_seconds(self.degree, self._block_counts[block])
+        self._opened_seconds[block] += opening
+        self._planned_seconds[block] += opening + reserve
         self._pack_blocks.append(block)
         self._pack_sequences.append([])
         self._pack_tokens_left.append(self._problem.pack_tokens(self.degree))
@@ -317,35 +328,27 @@ class _Level:
     def _positions(self, sequences: list[int]) -> tuple[int, ...]:
         return tuple(sorted(self._problem.positions[sequences].tolist()))
 
-    def _block_to_open(self, added_seconds: float, open_on: str, reserve: float) -> int | None:
-        """The block to open a further pack on so that it meets the target; the first of equals."""
-        latest = self._target_seconds - added_seconds - reserve
-        opened = self._opened_seconds
+    def _block_to_open(self, opened: list[float] | NDArray[np.float64], latest: float, open_on: str) -> int | None:
+        """The block to open a further pack on, of those that ``opened`` shows to end in time; the first of equals."""
         if isinstance(opened, np.ndarray):
-            return self._of_many_blocks(opened, latest, open_on, reserve > 0)
-        if reserve:
-            opened = [seconds + reserved for seconds, reserved in zip(opened, self._reserved_seconds, strict=True)]
+            return self._of_many_blocks(opened, latest, open_on)
         if open_on == "aligned" and latest < math.inf:
             unit = self._aligned_seconds
             waste = [((latest - seconds) % unit if seconds <= latest else math.inf) for seconds in opened]
-            index = min(range(len(waste)), key=waste.__getitem__)
-            return index if waste[index] < math.inf else None
+            least = min(waste)
+            return waste.index(least) if least < math.inf else None
         if open_on == "fullest":
-            best = max((seconds for seconds in opened if seconds <= latest), default=math.inf)
+            best = max([seconds for seconds in opened if seconds <= latest], default=math.inf)
         else:
             best = min(opened)
         return opened.index(best) if best <= latest and best < math.inf else None
 
-    def _of_many_blocks(
-        self, opened: NDArray[np.float64], latest: float, open_on: str, with_reserve: bool
-    ) -> int | None:
+    def _of_many_blocks(self, opened: NDArray[np.float64], latest: float, open_on: str) -> int | None:
         """The same with arrays, for which lists would take too long.
 
         Where the emptiest block is not what is wanted, only a window of blocks is looked at, and the next one
         when that has nothing left to offer.
         """
-        if with_reserve:
-            opened = opened + self._reserved_seconds
         emptiest = int(opened.argmin())
         if opened[emptiest] > latest:
             return None
@@ -365,22 +368,25 @@ class _Level:
         return start + int(left.argmin())
 
     def _still_fits(self, pack_index: int) -> int:
+        """How many sequences, from the shortest, would still fit into a pack, one at a time."""
         seconds_left = self._target_seconds - self._block_seconds[self._pack_blocks[pack_index]]
         if self.aligned_top_up:
             seconds_left %= self._aligned_seconds
-        seconds_left = min(seconds_left, self._pack_seconds_left[pack_index])
-        return min(
-            bisect_right(self._problem.tokens, self._pack_tokens_left[pack_index]),
-            bisect_right(self._added_seconds, seconds_left),
-        )
+        if seconds_left > self._pack_seconds_left[pack_index]:
+            seconds_left = self._pack_seconds_left[pack_index]
+        fits = bisect_right(self._tokens, self._pack_tokens_left[pack_index])
+        if fits > 0 and self._added_seconds[fits - 1] > seconds_left:
+            return bisect_right(self._added_seconds, seconds_left, 0, fits)
+        return fits
 
     def _put(self, sequence: int, pack_index: int) -> None:
         block, added_seconds = self._pack_blocks[pack_index], self._added_seconds[sequence]
         self._pack_sequences[pack_index].append(sequence)
-        self._pack_tokens_left[pack_index] -= self._problem.tokens[sequence]
+        self._pack_tokens_left[pack_index] -= self._tokens[sequence]
         self._pack_seconds_left[pack_index] -= added_seconds
         self._block_seconds[block] += added_seconds
         self._opened_seconds[block] += added_seconds
+        self._planned_seconds[block] += added_seconds
         self._reopen(pack_index)
 
     def _reopen(self, pack_index: int) -> None:
