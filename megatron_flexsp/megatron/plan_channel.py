@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import Plan
+from megatron_flexsp.planner.wire import plan_from_bytes, plan_to_bytes
 
 PLANNING_RANK = 0
 
@@ -34,15 +35,16 @@ def lengths_digest(lengths: NDArray[np.int64]) -> str:
     return hashlib.sha256(np.ascontiguousarray(lengths, dtype=np.int64).tobytes()).hexdigest()
 
 
-def packed(message: dict[str, object]) -> bytes:
-    """A message as it travels: a plan for 16,384 ranks and 131,072 sequences takes well under 2 MB."""
-    return zlib.compress(json.dumps(message).encode(), level=1)
+def packed(note: dict[str, str], plan: Plan | None = None) -> bytes:
+    """A note and a plan as they travel: a plan for 16,384 ranks and 131,072 sequences takes well under 2 MB."""
+    body = b"" if plan is None else plan_to_bytes(plan)
+    return zlib.compress(json.dumps(note).encode() + b"\n" + body, level=1)
 
 
-def unpacked(payload: bytes) -> dict[str, object]:
+def unpacked(payload: bytes) -> tuple[dict[str, str], Plan | None]:
     """What ``packed`` packed."""
-    message: dict[str, object] = json.loads(zlib.decompress(payload))
-    return message
+    note, _, body = zlib.decompress(payload).partition(b"\n")
+    return json.loads(note), plan_from_bytes(body) if body else None
 
 
 class PlanChannel:
@@ -78,20 +80,15 @@ class PlanChannel:
         FlexSPError
             On every rank: where planning failed, or where ranks see other lengths, naming those ranks.
         """
-        message: dict[str, object] = {}
-        if isinstance(planned, FlexSPError):
-            message = {"error": str(planned)}
-        elif planned is not None:
-            message = {
-                "plan": planned.to_json(),
-                "digest": planned.digest(),
-                "lengths": lengths_digest(lengths),
-            }
-        message = unpacked(self._broadcast(packed(message)))
-        if "error" in message:
-            raise FlexSPError(str(message["error"]))
-        plan = planned if isinstance(planned, Plan) else Plan.from_json(str(message["plan"]))
-        self._agree(lengths_digest(lengths) == message["lengths"], plan.digest() == message["digest"])
+        if isinstance(planned, Plan):
+            payload = packed({"digest": planned.digest(), "lengths": lengths_digest(lengths)}, planned)
+        else:
+            payload = packed({"error": str(planned)})  # on the planning rank; what others give is not sent
+        note, sent = unpacked(self._broadcast(payload))
+        if sent is None:
+            raise FlexSPError(note["error"])
+        plan = planned if isinstance(planned, Plan) else sent
+        self._agree(lengths_digest(lengths) == note["lengths"], plan.digest() == note["digest"])
         return plan
 
     def _broadcast(self, payload: bytes) -> bytes:

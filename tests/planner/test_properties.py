@@ -15,6 +15,7 @@ from megatron_flexsp.planner import (
     plan,
     step_seconds,
 )
+from megatron_flexsp.planner.wire import plan_from_bytes, plan_to_bytes
 
 repeatable = settings(derandomize=True, deadline=None, database=None)
 
@@ -81,6 +82,7 @@ def test_every_plan_keeps_the_laws_and_its_own_word(arguments):
     assert found.predicted_seconds >= found.lower_bound_seconds
     assert Plan.from_json(found.to_json()) == found
     assert Plan.from_json(found.to_json()).digest() == found.digest()
+    assert plan_from_bytes(plan_to_bytes(found)) == found
     assert plan(**arguments).digest() == found.digest()
 
 
