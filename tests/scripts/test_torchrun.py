@@ -37,11 +37,11 @@ def test_a_hang_fails_the_test_and_leaves_no_process(fresh: bool, torchrun: Call
         "pathlib.Path(sys.argv[1], str(os.getpid())).touch()\n"
         "time.sleep(600)\n"
     )
-    seconds = 10 if fresh else 3  # torchrun itself takes some to start
+    seconds = 15 if fresh else 5  # torchrun itself takes some to start
     started = time.monotonic()
     with pytest.raises(pytest.fail.Exception, match=f"still ran after {seconds} s"):
         torchrun(2, str(script), str(marks), timeout_seconds=seconds, fresh=fresh)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < seconds + 20
     workers = [int(path.name) for path in marks.iterdir()]
     assert len(workers) == 2
     deadline = time.monotonic() + 5
