@@ -30,13 +30,13 @@ def train(torchrun: Callable[..., object]) -> Train:
     The second that a run logs is the mean of its first two, by Megatron's own doing.
     """
 
-    def run(nproc: int, arguments: str = "") -> Losses:
+    def run(nproc: int, arguments: str = "", **options: object) -> Losses:
         command = [
             _HERE / "run_on_cpu.py",
             _ROOT / "scripts" / "pretrain_gpt.py",
             *f"{_SMALL_LLAMA} {arguments}".split(),
         ]
-        done = torchrun(nproc, *map(str, command), timeout_seconds=400, env={"PYTHONPATH": str(_ROOT)})
+        done = torchrun(nproc, *map(str, command), timeout_seconds=400, **options)
         logged = re.findall(r"iteration +(\d+)/.*lm loss: (\S+)", done.stdout)  # type: ignore[attr-defined]
         return {int(iteration): float(loss) for iteration, loss in logged}
 

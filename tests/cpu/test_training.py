@@ -12,7 +12,7 @@ TP2_PP2 = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --cal
 
 
 def test_one_process_learns(train: Train) -> None:
-    losses = train(1, "--bf16 --recompute-granularity selective --eval-iters 1 --eval-interval 3")
+    losses = train(1, "--bf16 --recompute-granularity selective --eval-iters 1 --eval-interval 3", fresh=True)
     assert list(losses) == [1, 2, 3, 4, 5, 6]
     assert losses[6] < losses[1] - 0.2
 

@@ -24,11 +24,9 @@ Refused = Callable[..., str]
 def refused(torchrun: Callable, documents: Path) -> Refused:
     """Run a job that must be refused, and give the message that it printed."""
 
-    def run(nproc: int, *arguments: str, data: Path | None = None, script: Path = SCRIPT, cpu: bool = True) -> str:
+    def run(nproc: int, *arguments: str, data: Path | None = None, script: Path = SCRIPT, fresh: bool = False) -> str:
         job = [str(script), *JOB, "--data-path", str(data or documents), "--flexsp", *arguments]
-        done = torchrun(
-            nproc, "-m", "megatron_flexsp.run", *(["--cpu"] if cpu else []), *job, timeout_seconds=90, check=False
-        )
+        done = torchrun(nproc, "-m", "megatron_flexsp.run", "--cpu", *job, timeout_seconds=90, check=False, fresh=fresh)
         assert done.returncode != 0, done.stdout
         assert done.stderr.count(ERROR) == 1, done.stderr
         assert ERROR not in done.stdout
@@ -50,13 +48,13 @@ def test_an_unsupported_megatron(refused: Refused, tmp_path: Path) -> None:
         (package / "__init__.py").touch()
     (core / "package_info.py").write_text('__version__ = "0.16.0"\n')
     script = Path(shutil.copy(SCRIPT, tmp_path))
-    assert refused(2, script=script) == (
+    assert refused(2, script=script, fresh=True) == (
         "Megatron 0.16.0 is not supported. This version of megatron-flexsp works with Megatron 0.18 and 0.19."
     )
 
 
 def test_a_world_that_does_not_divide(refused: Refused) -> None:
-    message = refused(3, "--tensor-model-parallel-size", "2")
+    message = refused(3, "--tensor-model-parallel-size", "2", fresh=True)
     assert message.startswith("3 ranks don't divide by --tensor-model-parallel-size 2")
 
 

@@ -55,7 +55,7 @@ def test_without_the_flag_nothing_changes(torchrun: Callable, documents: Path, t
     runs = {}
     for name, start in (("bare", [ON_CPU, SCRIPT]), ("launcher", [*LAUNCHER, SCRIPT])):
         folder = tmp_path / name
-        done = torchrun(1, *start, *arguments, *saving, "--save", str(folder), env={"PYTHONPATH": str(ROOT)})
+        done = torchrun(1, *start, *arguments, *saving, "--save", str(folder), fresh=name == "launcher")
         assert "[flexsp]" not in done.stdout
         runs[name] = (logged(done), tensors({k: v for k, v in checkpoint(folder, 3).items() if k != "args"}))
     (losses, state), (bare_losses, bare_state) = runs["launcher"], runs["bare"]

@@ -38,5 +38,5 @@ def parse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Namespace]:
 def two_processes(torchrun: Callable, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the ranks saw; see two_processes.py."""
     folder = tmp_path_factory.mktemp("two_processes")
-    torchrun(2, str(Path(__file__).parent / "two_processes.py"), str(folder), env={"PYTHONPATH": str(ROOT)})
+    torchrun(2, str(Path(__file__).parent / "two_processes.py"), str(folder), fresh=True)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]

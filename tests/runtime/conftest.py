@@ -14,5 +14,5 @@ ROOT = Path(__file__).parents[2]
 def four_processes(torchrun: Callable, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the ranks saw; see four_processes.py."""
     folder = tmp_path_factory.mktemp("four_processes")
-    torchrun(4, str(Path(__file__).parent / "four_processes.py"), str(folder), env={"PYTHONPATH": str(ROOT)})
+    torchrun(4, str(Path(__file__).parent / "four_processes.py"), str(folder), fresh=True)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(4)]
