@@ -189,8 +189,10 @@ def _refusals(args: argparse.Namespace) -> list[str]:
         ),
         "--window-size with --transformer-impl local: PyTorch's attention would need a mask as large as the square of "
         "a sequence. Set --transformer-impl transformer_engine": local and getattr(args, "window_size", None),
-        "--fp8-format and --fp4-format: slices are not padded to what their kernels ask, and delayed scaling reduces over "
-        "ranks that run different numbers of micro-batches": getattr(args, "fp8", None) or getattr(args, "fp4", None),
+        "--fp8-format and --fp4-format: slices are not padded to what their kernels ask, and delayed scaling reduces "
+        "over ranks that run different numbers of micro-batches": (
+            getattr(args, "fp8", None) or getattr(args, "fp4", None)
+        ),
         "--softmax-type other than vanilla with --transformer-impl local: PyTorch's attention has no other. Set "
         "--transformer-impl transformer_engine": local and getattr(args, "softmax_type", "vanilla") != "vanilla",
         "--qk-clip and --log-max-attention-logit: the attention scores are never whole in memory": (
