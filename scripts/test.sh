@@ -8,6 +8,18 @@ set -euo pipefail
 flexsp_environment train test
 cd -- "$flexsp_root"
 
+# Two releases of Transformer Engine, to be read and not installed (1 MB each, without what they need).
+transformer_engine_sources() {
+    local version folder="$flexsp_venv/transformer_engine"
+    for version in 2.8.0 2.20.2; do
+        [ -e "$folder/transformer_engine-$version-py3-none-any.whl" ] ||
+            "$flexsp_python" -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+                --dest "$folder" "transformer_engine==$version" </dev/null ||
+            echo "Transformer Engine $version can't be downloaded; the tests that read it are skipped"
+    done
+}
+transformer_engine_sources
+
 step() {
     printf '\n== %s\n' "$*"
     "$@"

@@ -26,7 +26,7 @@ _new_norm = torch_norm.WrappedTorchNorm.__new__
 
 
 # Arguments that choose between kernels for the same mathematics, and the choice whose kernels exist on a CPU.
-_CPU_KERNELS = {
+CPU_KERNELS = {
     "transformer_impl": "local",
     "no_persist_layer_norm": True,
     "gradient_accumulation_fusion": False,
@@ -41,7 +41,7 @@ _CPU_KERNELS = {
 def parse_args(*positional: Any, **named: Any) -> Namespace:
     """Megatron's defaults, and GPU users, ask for CUDA kernels. Says on rank 0 which arguments it changed."""
     args = _parse_args(*positional, **named)
-    chosen = {name: value for name, value in _CPU_KERNELS.items() if getattr(args, name, value) != value}
+    chosen = {name: value for name, value in CPU_KERNELS.items() if getattr(args, name, value) != value}
     vars(args).update(chosen)
     if chosen and os.environ.get("RANK", "0") == "0":
         print("CPU kernels instead of CUDA's:", ", ".join(f"{name}={value}" for name, value in chosen.items()))

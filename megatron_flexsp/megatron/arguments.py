@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
 
+OLDEST_TRANSFORMER_ENGINE = (2, 8)
+
 OVERLONG = ("split", "truncate", "drop", "error")
 
 
@@ -136,6 +138,7 @@ class Settings:
 
 def _refusals(args: argparse.Namespace) -> list[str]:
     """A message for each of the job's flags that FlexSP can't be combined with yet."""
+    local = args.transformer_impl == "local"
     given = {
         "--yaml-cfg: FlexSP reads its flags from the command line; pass Megatron's there too": args.yaml_cfg,
         "--context-parallel-size > 1: FlexSP forms context-parallel groups itself, out of the data-parallel "
@@ -181,12 +184,17 @@ def _refusals(args: argparse.Namespace) -> list[str]:
         ),
         "--hidden-dropout other than 0 (Megatron's default is 0.1): what is dropped would depend on the plan, and a "
         "resumed run would drop something else. Set --hidden-dropout 0": (args.hidden_dropout != 0),
-        "--transformer-impl transformer_engine (Megatron's default): Transformer Engine's attention is not "
-        "supported yet. Set --transformer-impl local": args.transformer_impl != "local",
-        "--window-size: sliding-window attention is not supported yet": getattr(args, "window_size", None),
-        "--softmax-type other than vanilla: it is not supported yet": (
-            getattr(args, "softmax_type", "vanilla") != "vanilla"
+        "--transformer-impl inference_optimized: it does not train": (
+            args.transformer_impl not in ("local", "transformer_engine")
         ),
+        "--window-size with --transformer-impl local: PyTorch's attention would need a mask as large as the square of "
+        "a sequence. Set --transformer-impl transformer_engine": local and getattr(args, "window_size", None),
+        "--fp8-format and --fp4-format: slices are not padded to what their kernels ask, and delayed scaling reduces "
+        "over ranks that run different numbers of micro-batches": (
+            getattr(args, "fp8", None) or getattr(args, "fp4", None)
+        ),
+        "--softmax-type other than vanilla with --transformer-impl local: PyTorch's attention has no other. Set "
+        "--transformer-impl transformer_engine": local and getattr(args, "softmax_type", "vanilla") != "vanilla",
         "--qk-clip and --log-max-attention-logit: the attention scores are never whole in memory": (
             getattr(args, "qk_clip", False) or getattr(args, "log_max_attention_logit", False)
         ),
@@ -223,9 +231,28 @@ def _refusals(args: argparse.Namespace) -> list[str]:
     return [message for message, applies in given.items() if applies]
 
 
+def _transformer_engine_refusals() -> list[str]:
+    """A message if Transformer Engine can't be used as it is installed."""
+    # Imported here: the others read arguments alone.
+    from megatron.core.utils import get_te_version
+
+    found = get_te_version()
+    if found.release == (0, 0, 0):
+        return [
+            "--transformer-impl transformer_engine (Megatron's default): Transformer Engine can't be imported. Install "
+            "it (pip install 'transformer-engine[pytorch]'), or set --transformer-impl local"
+        ]
+    if found.release < OLDEST_TRANSFORMER_ENGINE:
+        oldest = ".".join(map(str, OLDEST_TRANSFORMER_ENGINE))
+        return [f"Transformer Engine {found}: {oldest} or newer is needed. Upgrade it, or set --transformer-impl local"]
+    return []
+
+
 def check_compatibility(args: argparse.Namespace) -> None:
     """Refuse, in one message, every flag of the job that FlexSP can't be combined with."""
     messages = _refusals(args)
+    if args.transformer_impl == "transformer_engine":
+        messages += _transformer_engine_refusals()
     if messages:
         raise FlexSPError("--flexsp can't be combined with\n  - " + "\n  - ".join(messages))
 

@@ -33,12 +33,15 @@ _BATCHES_IN_HAND = 2
 class LocalMicroBatch:
     """This rank's part of one micro-batch; the tensors lie on the host.
 
-    Tensors are ``[slice_tokens]``. A stage in the middle of a pipeline has no tokens and no labels.
+    Tensors are ``[slice_tokens]`` where nothing else is said. A stage in the middle of a pipeline has no
+    tokens and no labels.
     """
 
     first_rank: int
     layout: PackLayout
     positions: Tensor
+    cu_seqlens: Tensor
+    """Of the whole pack, int32 ``[segments + 1]``: attention sees all of it."""
     tokens: Tensor | None
     labels: Tensor | None
     loss_mask: Tensor | None
@@ -127,6 +130,7 @@ class SliceReader:
             first_rank=item.first_rank,
             layout=layout,
             positions=self._tensor(layout.positions),
+            cu_seqlens=self._tensor(layout.cu_seqlens),
             tokens=None if tokens is None else self._tensor(tokens),
             labels=None if labels is None else self._tensor(labels),
             loss_mask=None if loss_mask is None else self._tensor(loss_mask),

@@ -31,6 +31,24 @@ class FlexSPPackedSeqParams(PackedSeqParams):
     group: SequenceGroup | None = None
     positions: Tensor | None = None
     """Each local token's position in its sequence, int64 ``[t]``, on the device."""
+    whole_pack: PackedSeqParams | None = None
+    """What a kernel for packs is told, which sees all tokens of some heads."""
+
+    @classmethod
+    def of(
+        cls, layout: PackLayout, group: SequenceGroup, positions: Tensor, cu_seqlens: Tensor
+    ) -> FlexSPPackedSeqParams:
+        """Of one micro-batch; ``positions`` and the whole pack's ``cu_seqlens`` are on the device."""
+        # The pack's padding is a segment of its own, so that nothing of it stays unwritten.
+        longest = layout.longest_segment
+        whole_pack = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+        return cls(layout=layout, group=group, positions=positions, whole_pack=whole_pack)
 
 
 class _PackedLength(int):
@@ -89,7 +107,7 @@ def rotary_length(original: Callable[..., int]) -> Callable[..., int]:
                 **others,
             )
         assert packed_seq_params.layout is not None and packed_seq_params.positions is not None
-        length = _PackedLength(max(packed_seq_params.layout.segment_lengths))
+        length = _PackedLength(packed_seq_params.layout.longest_segment)
         length.positions = packed_seq_params.positions
         return length
 

@@ -50,7 +50,9 @@ def _flags_seam() -> Seam:
 def _install_training(profiles: bool) -> None:
     """Everything that changes how a run trains."""
     # Imported here: a run without --flexsp never loads these.
-    from megatron_flexsp.megatron import packed_attention, profiling, training
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    from megatron_flexsp.megatron import packed_attention, profiling, te_attention, training
     from megatron_flexsp.megatron.provenance import check_same_job
 
     run = training.FlexSPTraining()
@@ -84,6 +86,7 @@ def _install_training(profiles: bool) -> None:
             for seam in planned:
                 print(f" > [flexsp] {seam.target} {seam.reason}", flush=True)
 
+    attention_parameters = ("self", "query", "key", "value", "attention_mask", "attn_mask_type", "attention_bias")
     pretrain_parameters = ("train_valid_test_dataset_provider", "forward_step_func")
     rotary = "megatron.core.models.common.embeddings"
     planned = [
@@ -108,16 +111,7 @@ def _install_training(profiles: bool) -> None:
         ),
         Seam(
             "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
-            (
-                "self",
-                "query",
-                "key",
-                "value",
-                "attention_mask",
-                "attn_mask_type",
-                "attention_bias",
-                "packed_seq_params",
-            ),
+            (*attention_parameters, "packed_seq_params"),
             packed_attention.attention_forward,
             "attends over packs, on the pack's own group",
         ),
@@ -154,6 +148,15 @@ def _install_training(profiles: bool) -> None:
                 ("forward_step_func", "data_iterator", "model", "optimizer"),
                 profiling.Profiler(run).wrap_train_step,
                 "measures the job instead of training it",
+            )
+        )
+    if HAVE_TE:
+        planned.append(
+            Seam(
+                "megatron.core.extensions.transformer_engine:TEDotProductAttention.forward",
+                (*attention_parameters, "packed_seq_params"),
+                te_attention.te_attention_forward,
+                "attends over packs, on the pack's own group",
             )
         )
     called = [

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training import training as megatron_training
@@ -161,13 +162,10 @@ class FlexSPTraining:
         timers("batch-generator", log_level=2).start()
         item = next(data_iterator)
         tokens, labels, loss_mask = (_to_device(x) for x in (item.tokens, item.labels, item.loss_mask))
-        positions = _to_device(item.positions)
-        assert positions is not None
-        params = FlexSPPackedSeqParams(
-            layout=item.layout,
-            group=self.context.groups.group(item.first_rank, item.layout.degree),
-            positions=positions,
-        )
+        positions, cu_seqlens = _to_device(item.positions), _to_device(item.cu_seqlens)
+        assert positions is not None and cu_seqlens is not None
+        group = self.context.groups.group(item.first_rank, item.layout.degree)
+        params = FlexSPPackedSeqParams.of(item.layout, group, positions, cu_seqlens)
         timers("batch-generator").stop()
         with nullcontext() if self._tracer is None else self._tracer.forward(item):
             output = model(
@@ -254,10 +252,10 @@ class FlexSPTraining:
 def _check_attention(model: Any) -> None:
     """Refuse a model whose layers would attend over slices without knowing that they are slices."""
     for name, module in model.named_modules():
-        if name.endswith("core_attention") and type(module) is not DotProductAttention:
+        if name.endswith("core_attention") and type(module) not in (DotProductAttention, TEDotProductAttention):
             raise FlexSPError(
                 f"the model's {name} is a {type(module).__name__}; FlexSP works with Megatron's own "
-                "DotProductAttention (--transformer-impl local)"
+                "TEDotProductAttention and DotProductAttention (--transformer-impl transformer_engine or local)"
             )
 
 

@@ -62,6 +62,16 @@ class PackLayout:
         padding = self.padded_tokens - self.total_tokens
         return (*self.lengths, padding) if padding else self.lengths
 
+    @cached_property
+    def cu_seqlens(self) -> np.ndarray:
+        """Where in the pack each segment begins and the last one ends, int32 ``[segments + 1]``."""
+        return np.cumsum((0, *self.segment_lengths), dtype=np.int32)
+
+    @cached_property
+    def longest_segment(self) -> int:
+        """Tokens of the longest segment."""
+        return max(self.segment_lengths)
+
     @property
     def slice_start(self) -> int:
         """Where this rank's slice begins in the pack."""

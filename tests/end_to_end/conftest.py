@@ -1,7 +1,8 @@
 """Megatron jobs on the CPU: a small data set, a small model, losses and gradients of a run."""
 
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ _TRAINING = """
     --init-method-std 0.1
 """
 JOB = (_MODEL + _TRAINING).split()
+
+TRANSFORMER_ENGINE = ("--transformer-impl", "transformer_engine")
+"""Runs on its stand-in, which every run with this argument finds."""
 
 LOSS = re.compile(r"iteration +(\d+)/.*?lm loss: ([0-9.E+-]+) .*?grad norm: ([0-9.]+)")
 
@@ -57,6 +61,14 @@ class Run:
         return tensors
 
 
+def environment_of(arguments: Sequence[str]) -> dict[str, str]:
+    """What a run with these arguments needs in its environment."""
+    if "transformer_engine" not in arguments:
+        return {}
+    inherited = os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "stand_ins"), str(ROOT), inherited])}
+
+
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prefix of a data set of 60 documents of 2 to 120 tokens, three of them longer than a sequence may be."""
@@ -79,7 +91,9 @@ def train(torchrun: Callable, documents: Path, tmp_path: Path) -> Callable[..., 
     def run(nproc: int, *arguments: str, plan: str | None = None, gradients: bool = False, **options: object) -> Run:
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        environment = {} if plan is None else {"FLEXSP_TEST_PLAN": plan}
+        environment = environment_of(arguments)
+        if plan is not None:
+            environment["FLEXSP_TEST_PLAN"] = plan
         saving: list[str] = []
         if gradients:
             environment["FLEXSP_TEST_NO_CHECKPOINT"] = "1"
@@ -110,6 +124,7 @@ def reference(torchrun: Callable, documents: Path, tmp_path_factory: pytest.Temp
                 str(HERE / "unpacked.py"),
                 *(*JOB, "--data-path", str(documents)),
                 *("--save", str(folder), "--save-interval", "5", "--save-wgrads-interval", "1", *arguments),
+                env=environment_of(arguments),
             )
             known[nproc, arguments] = Run(result.stdout + result.stderr, folder)
         return known[nproc, arguments]

@@ -6,6 +6,7 @@ FLEXSP_TEST_PLAN names the micro-batches, such as ``[0123] [01] [2] [3]``; seque
 import itertools
 import os
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,13 @@ if "FLEXSP_TEST_PLAN" in os.environ:
     from megatron_flexsp.megatron import context
 
     context.PlanningService = PrescribedPlans
+
+if "transformer_engine" in sys.argv:
+    # The stand-in for it computes on the CPU, so the stand-in for CUDA needn't choose other kernels.
+    from megatron_flexsp.cpu import megatron_patches
+
+    for name in ("transformer_impl", "apply_rope_fusion"):
+        del megatron_patches.CPU_KERNELS[name]
 
 if "FLEXSP_TEST_NO_CHECKPOINT" in os.environ:
     # --save is where Megatron's own --save-wgrads-interval writes gradients; a checkpoint is not wanted.

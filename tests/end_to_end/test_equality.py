@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from .conftest import LLAMA, Run
+from .conftest import LLAMA, TRANSFORMER_ENGINE, Run
 
 GQA = (*LLAMA, "--group-query-attention", "--num-query-groups", "2")
 LEARNED = ("--position-embedding-type", "learned_absolute")
@@ -16,6 +16,7 @@ LEARNED = ("--position-embedding-type", "learned_absolute")
 OVERLAPS = ("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather")
 TENSOR = ("--tensor-model-parallel-size", "2")
 PIPELINE = ("--pipeline-model-parallel-size", "2")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
 INTERLEAVED = (*PIPELINE, "--num-layers-per-virtual-pipeline-stage", "1")
 
 NESTED = "[0123] [01] [2] [3] [0] [1] [3]"
@@ -54,8 +55,7 @@ def test_distributed_optimizer_with_both_overlaps(train: Callable, reference: Ca
 
 
 def test_full_recompute(train: Callable, reference: Callable) -> None:
-    recompute = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
-    run = train(4, *GQA, *recompute, plan=UNEQUAL, gradients=True)
+    run = train(4, *GQA, *FULL, plan=UNEQUAL, gradients=True)
     assert_equal(run, reference(1, *GQA))
 
 
@@ -103,3 +103,25 @@ def test_fewer_key_value_heads_than_ranks(train: Callable, reference: Callable) 
 def test_bf16(train: Callable, reference: Callable) -> None:
     run = train(4, *GQA, "--bf16", plan=UNEQUAL)
     assert_equal_losses(run, reference(1, *GQA, "--bf16"), tolerance=1e-2)
+
+
+class TestTransformerEngine:
+    """Megatron's real TEDotProductAttention and layers over the stand-in for Transformer Engine."""
+
+    def test_any_plan(self, train: Callable, reference: Callable) -> None:
+        run = train(4, *GQA, *TRANSFORMER_ENGINE, plan=UNEQUAL, gradients=True)
+        expected = reference(1, *GQA, *TRANSFORMER_ENGINE)
+        assert_equal(run, expected)
+        # And the stand-in is the same mathematics as Megatron's own layers.
+        assert_equal_losses(expected, reference(1, *GQA))
+
+    def test_sequence_parallel_and_full_recompute(self, train: Callable, reference: Callable) -> None:
+        run = train(4, *GQA, *TENSOR, *TRANSFORMER_ENGINE, "--sequence-parallel", *FULL, plan=NESTED_2, gradients=True)
+        assert_equal(run, reference(2, *GQA, *TENSOR, *TRANSFORMER_ENGINE))
+
+    def test_windows_sinks_and_fewer_key_value_heads_than_ranks(self, train: Callable, reference: Callable) -> None:
+        model = (*LLAMA, "--group-query-attention", "--num-query-groups", "1", "--window-size", "9,0")
+        model += ("--softmax-type", "learnable", "--qk-layernorm", *TRANSFORMER_ENGINE)
+        run = train(4, *model, "--recompute-granularity", "selective", plan="[0123] [01] [23]", gradients=True)
+        assert any("softmax_offset" in name for name in run.gradients)
+        assert_equal(run, reference(1, *model))

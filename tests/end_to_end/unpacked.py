@@ -4,6 +4,7 @@ Uses nothing of megatron_flexsp but the stand-in for CUDA and the sample order; 
 """
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,13 @@ from megatron.training import arguments, get_args, training  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig  # noqa: E402
+
+if "transformer_engine" in sys.argv:
+    # The stand-in for it computes on the CPU, so the stand-in for CUDA needn't choose other kernels.
+    from megatron_flexsp.cpu import megatron_patches
+
+    for name in ("transformer_impl", "apply_rope_fusion"):
+        del megatron_patches.CPU_KERNELS[name]
 
 path = Path(__file__).parents[2] / "scripts" / "pretrain_gpt.py"
 spec = importlib.util.spec_from_file_location("pretrain_gpt", path)

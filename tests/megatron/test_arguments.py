@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import check_compatibility, settings_from_args
@@ -54,9 +55,11 @@ class TestCompatibility:
             ("--expert-model-parallel-size 2", "--expert-model-parallel-size"),
             ("--attention-dropout 0.1", "--attention-dropout other than 0"),
             ("--hidden-dropout 0.1", "--hidden-dropout other than 0"),
-            ("--transformer-impl transformer_engine", "--transformer-impl transformer_engine"),
+            ("--transformer-impl inference_optimized", "--transformer-impl inference_optimized"),
             ("--cuda-graph-impl local", "CUDA graphs"),
-            ("--window-size 4,0", "--window-size"),
+            ("--window-size 4,0", "--window-size with --transformer-impl local"),
+            ("--fp8-format hybrid", "--fp8-format and --fp4-format"),
+            ("--softmax-type learnable", "--softmax-type other than vanilla with --transformer-impl local"),
             ("--position-embedding-type relative", "--position-embedding-type"),
             ("--dataloader-type cyclic", "--dataloader-type"),
             ("--eod-mask-loss", "--eod-mask-loss"),
@@ -68,6 +71,19 @@ class TestCompatibility:
     def test_a_flag_that_does_not_go_with_it_is_named(self, more: str, named: str, parse: Parse) -> None:
         with pytest.raises(FlexSPError, match=rf"--flexsp can't be combined with\n  - .*{named}"):
             check_compatibility(parse(more))
+
+    def test_transformer_engine_must_be_there_and_new_enough(
+        self, parse: Parse, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # The last of two: the job has one already.
+        args = parse("--transformer-impl transformer_engine --window-size 4,0 --softmax-type learnable")
+        for version, reason in (("0.0.0", "can't be imported. Install it"), ("2.7.1", "2.8 or newer is needed")):
+            monkeypatch.setattr("megatron.core.utils.get_te_version", lambda version=version: Version(version))
+            with pytest.raises(FlexSPError, match=reason) as refusal:
+                check_compatibility(args)
+            assert str(refusal.value).count("\n  - ") == 1
+        monkeypatch.setattr("megatron.core.utils.get_te_version", lambda: Version("2.8.0"))
+        check_compatibility(args)
 
     def test_the_loss_of_each_token_must_weigh_the_same(self, parse: Parse) -> None:
         with pytest.raises(FlexSPError, match="--calculate-per-token-loss is missing"):

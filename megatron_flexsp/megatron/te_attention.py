@@ -1,0 +1,72 @@
+"""Transformer Engine's packed (THD) attention between our two all-to-alls.
+
+Transformer Engine is told of no context-parallel group: it gets whole sequences, fewer heads, and where each
+sequence begins. Written against versions 2.8 to 2.20.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
+from megatron_flexsp.runtime import SequenceGroup, ulysses_attention
+
+
+def te_attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``TEDotProductAttention.forward`` that knows packs."""
+
+    def forward(
+        self: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **others: Any,
+    ) -> Tensor:
+        if not isinstance(packed_seq_params, FlexSPPackedSeqParams):
+            return original(
+                self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, **others
+            )
+        group, whole_pack = packed_seq_params.group, packed_seq_params.whole_pack
+        assert group is not None and whole_pack is not None
+
+        def kernel(q_ThD: Tensor, k_TgD: Tensor, v_TgD: Tensor) -> Tensor:
+            with _heads_of_one_member(self, group, q_ThD.shape[1], k_TgD.shape[1]):
+                out = original(self, q_ThD, k_TgD, v_TgD, None, attn_mask_type, None, whole_pack, **others)
+            return out.unflatten(-1, (q_ThD.shape[1], -1))
+
+        out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
+        return out_tHD.reshape(query.shape[0], 1, -1)
+
+    return forward
+
+
+@contextmanager
+def _heads_of_one_member(attention: Any, group: SequenceGroup, heads: int, key_value_heads: int) -> Iterator[None]:
+    """Lets a Transformer Engine attention work on a member's share of its heads.
+
+    It asserts its number of key/value heads, and takes the softmax's offset of every query head, if it has
+    any. Both are instance attributes, put over its own for the time of one call; the offset's gradient
+    still reaches the parameter, of which each member uses its own part.
+    """
+    over: dict[str, Any] = {"num_gqa_groups_per_partition": key_value_heads}
+    offset = attention.softmax_offset
+    if offset is not None and group.degree > 1:
+        over["softmax_offset"] = offset[group.member * heads : (group.member + 1) * heads]
+    own = attention.__dict__
+    before = {name: own[name] for name in over if name in own}
+    own.update(over)
+    try:
+        yield
+    finally:
+        for name in over:
+            del own[name]
+        own.update(before)

@@ -1,0 +1,130 @@
+"""What we rely on in Transformer Engine, held against the oldest and the newest release that we know.
+
+Transformer Engine can't be imported without a GPU, so its sources are read. scripts/test.sh downloads the two wheels.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.megatron.te_sources import Release, assertions, definition, parameters, uses
+
+STAND_IN = Path(__file__).parents[1] / "stand_ins" / "transformer_engine"
+WHEELS = Path(sys.prefix) / "transformer_engine"
+ATTENTION = "pytorch/attention/dot_product_attention/dot_product_attention.py"
+
+
+@pytest.fixture(params=["2.8.0", "2.20.2"])
+def release(request: pytest.FixtureRequest) -> Release:
+    wheel = WHEELS / f"transformer_engine-{request.param}-py3-none-any.whl"
+    if not wheel.is_file():
+        pytest.skip(f"{wheel} is missing: pip download --no-deps --dest {wheel.parent} transformer_engine")
+    return Release(wheel)
+
+
+def real_file(release: Release, *paths: str) -> str:
+    """The first of these files that the release has: some moved."""
+    return next(path for path in paths if release.has(path))
+
+
+@pytest.mark.parametrize(
+    ("stand_in", "name", "paths"),
+    [
+        *[
+            ("attention/__init__.py", f"DotProductAttention.{method}", (ATTENTION,))
+            for method in ("__init__", "forward")
+        ],
+        *[("module.py", f"Linear.{method}", ("pytorch/module/linear.py",)) for method in ("__init__", "forward")],
+        *[
+            ("module.py", f"LayerNormLinear.{method}", ("pytorch/module/layernorm_linear.py",))
+            for method in ("__init__", "forward")
+        ],
+        ("module.py", "LayerNorm.__init__", ("pytorch/module/layernorm.py",)),
+        ("module.py", "RMSNorm.__init__", ("pytorch/module/rmsnorm.py",)),
+        ("attention/rope.py", "apply_rotary_pos_emb", ("pytorch/attention/rope.py",)),
+        ("distributed.py", "activation_recompute_forward.__init__", ("pytorch/distributed.py",)),
+        ("distributed.py", "checkpoint", ("pytorch/distributed.py",)),
+        ("fp8.py", "fp8_autocast", ("pytorch/quantization.py", "pytorch/fp8.py")),
+        ("fp8.py", "fp8_model_init", ("pytorch/quantization.py", "pytorch/fp8.py")),
+        ("fp8.py", "FP8GlobalStateManager.is_fp8_enabled", ("pytorch/quantization.py", "pytorch/fp8.py")),
+    ],
+)
+def test_the_stand_in_has_the_real_signature(
+    release: Release, stand_in: str, name: str, paths: tuple[str, ...]
+) -> None:
+    """It may lack parameters that needn't be given; what it has stands in the real order, with the real default."""
+    real = parameters(release.function(real_file(release, *paths), name))
+    source = ast.parse((STAND_IN / "pytorch" / stand_in).read_text())
+    ours = parameters(definition(source, name))
+    assert list(ours) == [parameter for parameter in real if parameter in ours]
+    for parameter, default in ours.items():
+        # The newest attention can do without a query, and takes one all the same.
+        assert default == real[parameter] or default is None, parameter
+    assert [parameter for parameter, default in real.items() if default is None and parameter not in ours] == []
+
+
+def test_packed_attention_asserts_what_we_give_it(release: Release) -> None:
+    assert assertions(release.function(ATTENTION, "DotProductAttention.forward")) >= {
+        "num_gqa_groups == self.num_gqa_groups_per_partition",
+        "key_layer.shape[:-1] == value_layer.shape[:-1]",
+        "query_layer.shape[-1] == key_layer.shape[-1]",
+        "query_layer.dtype == key_layer.dtype and query_layer.dtype == value_layer.dtype",
+        "all((len(x.shape) == 3 for x in (query_layer, key_layer, value_layer)))",
+        "'padding' in attn_mask_type",
+        "cu_seqlens_q is not None and cu_seqlens_kv is not None",
+        "cu_seqlens_q.dtype == torch.int32 and cu_seqlens_kv.dtype == torch.int32",
+    }
+    layout = release.function("pytorch/attention/dot_product_attention/utils.py", "get_qkv_layout")
+    assert "check_last_dim_contiguous" in assertions(layout)
+
+
+def test_the_number_of_key_value_heads_is_only_asserted(release: Release) -> None:
+    """So that another number may be put there for one call."""
+    attention = release.module(ATTENTION)
+    places = uses(attention, "num_gqa_groups_per_partition")
+    stored = [place for place in places if isinstance(place.ctx, ast.Store)]
+    asserted = [
+        place
+        for node in ast.walk(release.function(ATTENTION, "DotProductAttention.forward"))
+        if isinstance(node, ast.Assert)
+        for place in uses(node, "num_gqa_groups_per_partition")
+    ]
+    assert len(stored) == 1
+    assert len(places) == len(stored) + len(asserted)
+
+
+def test_the_softmax_offset_is_read_at_each_call(release: Release) -> None:
+    """So that a member's part of it may be put there for one call."""
+    forward = release.function(ATTENTION, "DotProductAttention.forward")
+    read = [ast.unparse(node) for node in ast.walk(forward) if isinstance(node, ast.IfExp)]
+    wanted = "self.softmax_offset.reshape(1, -1, 1, 1).to(torch.float32) if self.softmax_offset is not None else None"
+    assert wanted in read
+    assert len(uses(forward, "softmax_offset")) == 2
+
+
+def test_lengths_are_asked_of_the_device_only_where_they_are_not_given(release: Release) -> None:
+    forward = release.function(ATTENTION, "DotProductAttention.forward")
+    asked = [node for node in ast.walk(forward) if isinstance(node, ast.If) and calls(node, "item")]
+    innermost = {ast.unparse(node.test) for node in asked if not any(calls(inner, "item") for inner in inner_ifs(node))}
+    assert innermost == {"max_seqlen_q is None", "max_seqlen_kv is None"}
+
+
+def calls(tree: ast.AST, method: str) -> bool:
+    return bool(uses(tree, method))
+
+
+def inner_ifs(node: ast.If) -> list[ast.If]:
+    return [inner for inner in ast.walk(node) if isinstance(inner, ast.If) and inner is not node]
+
+
+def test_padding_between_sequences_is_looked_for_only_where_padded_lengths_are_given(release: Release) -> None:
+    """The comparison of both would make the host wait."""
+    forward = release.function(ATTENTION, "DotProductAttention.forward")
+    comparisons = [
+        node for node in ast.walk(forward) if isinstance(node, ast.BoolOp) and "torch.equal" in ast.unparse(node)
+    ]
+    innermost = [node for node in comparisons if isinstance(node.op, ast.And)]
+    assert all(ast.unparse(node.values[0]).endswith("_padded is not None") for node in innermost)
+    assert bool(comparisons) == bool(innermost)
