@@ -14,8 +14,9 @@ from typing import Any
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_flexsp.runtime import PackLayout, SequenceGroup, ulysses_attention
+from megatron_flexsp.runtime import PackLayout, RingSchedule, SequenceGroup, ring_attention, ulysses_attention
 from megatron_flexsp.runtime.attention import packed_causal_attention
+from megatron_flexsp.runtime.ulysses import Kernel
 
 
 @dataclass
@@ -31,6 +32,8 @@ class FlexSPPackedSeqParams(PackedSeqParams):
     group: SequenceGroup | None = None
     positions: Tensor | None = None
     """Each local token's position in its sequence, int64 ``[t]``, on the device."""
+    ring: RingSchedule | None = None
+    """There where the group has more ranks than there are heads to share."""
 
 
 class _PackedLength(int):
@@ -59,7 +62,11 @@ def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # Under query-key layer scaling Megatron divides the scores by the layer's number and multiplies
         # by it inside the softmax; together that is one factor.
         scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)
-        kernel = partial(packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=scale)
+        kernel: Kernel
+        if packed_seq_params.ring is None:
+            kernel = partial(packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=scale)
+        else:
+            kernel = partial(ring_attention, schedule=packed_seq_params.ring, group=group, softmax_scale=scale)
         out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
         return out_tHD.reshape(query.shape[0], 1, -1)
 

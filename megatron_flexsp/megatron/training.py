@@ -157,6 +157,7 @@ class FlexSPTraining:
             layout=item.layout,
             group=self.context.groups.group(item.first_rank, item.layout.degree),
             positions=positions,
+            ring=None if item.ring is None else item.ring.with_table(_on_device(item.ring.table)),
         )
         timers("batch-generator").stop()
         with nullcontext() if self._tracer is None else self._tracer.forward(item):
@@ -211,6 +212,7 @@ class FlexSPTraining:
             self._settings.slice_multiple,
             reads_tokens=first(ignore_virtual=True) or last(ignore_virtual=True),
             gpu=None if on_cpu() else torch.cuda.current_device(),
+            query_heads=self._settings.query_heads,
         )
 
     @property
@@ -264,7 +266,11 @@ def _script_loss(script_step: Any) -> Callable[..., Any]:
 
 
 def _to_device(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device=torch.cuda.current_device(), non_blocking=True)
+    return None if tensor is None else _on_device(tensor)
+
+
+def _on_device(tensor: Tensor) -> Tensor:
+    return tensor.to(device=torch.cuda.current_device(), non_blocking=True)
 
 
 def _train_batch_size(consumed: int) -> int:
