@@ -172,8 +172,8 @@ class _RingAttention(torch.autograd.Function):
                     pending = group.pass_on(kv)
                 if step.segments.is_empty:
                     continue
-                seen = _take(kv, step.k_rows).tensor_split((heads,), dim=1)
-                part = block_attention(q_now, *seen, step.segments, causal=False, softmax_scale=softmax_scale)
+                k_now, v_now = _take(kv, step.k_rows).tensor_split((heads,), dim=1)
+                part = block_attention(q_now, k_now, v_now, step.segments, causal=False, softmax_scale=softmax_scale)
                 _merge(out_now, lse_now, *part)
             if isinstance(phase.q_rows, Tensor):
                 out.index_copy_(0, phase.q_rows.long(), out_now)
