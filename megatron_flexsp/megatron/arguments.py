@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
+from megatron_flexsp.runtime import ring_size_of
 
 OLDEST_TRANSFORMER_ENGINE = (2, 8)
 
@@ -42,7 +43,7 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--flexsp-degrees",
         metavar="D,D,...",
         help="Group sizes that plans may use, for example 1,2,8: powers of two or the whole data-parallel "
-        "size. Default: all that the attention heads allow.",
+        "size. Default: all that divide the attention heads of a tensor-parallel rank; wider ones use ring attention.",
     )
     group.add_argument(
         "--flexsp-cost-model",
@@ -127,6 +128,8 @@ class Settings:
     """Where to write the cost model that is measured instead of training."""
     profile_seconds: float
     domain_size: int
+    query_heads: int
+    """Attention heads of a tensor-parallel rank; groups of ranks that can't share them evenly are rings."""
     slice_multiple: int
     """What a rank's slice must divide by: the tensor-parallel size under sequence parallelism."""
     count_multiple: int
@@ -323,6 +326,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         profile=args.flexsp_profile,
         profile_seconds=args.flexsp_profile_seconds,
         domain_size=domain_size,
+        query_heads=args.num_attention_heads // args.tensor_model_parallel_size,
         slice_multiple=args.tensor_model_parallel_size if args.sequence_parallel else 1,
         count_multiple=count_multiple,
         pipeline_stages=pipeline_size,
@@ -331,7 +335,10 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
 
 
 def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel | None) -> tuple[int, ...]:
-    """The group sizes that domain, heads and cost model allow; asked-for ones are checked, not dropped."""
+    """The group sizes that domain and cost model allow; asked-for ones are checked, not dropped.
+
+    Rings, which are groups of more ranks than a tensor-parallel rank has attention heads, must be asked for.
+    """
     legal = legal_degrees(domain_size)
     heads = args.num_attention_heads // args.tensor_model_parallel_size
     asked: tuple[int, ...]
@@ -341,17 +348,17 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
         flag, asked = "--flexsp-degrees", _parse_degrees(args.flexsp_degrees)
     else:
         return tuple(degree for degree in legal if heads % degree == 0 and _has_bandwidth(cost_model, degree))
+    rings = [degree for degree in asked if ring_size_of(degree, heads) > 1]
+    if rings and (getattr(args, "window_size", None) or getattr(args, "softmax_type", "vanilla") != "vanilla"):
+        raise FlexSPError(
+            f"{flag}: groups of {', '.join(map(str, rings))} ranks share {heads} attention heads by ring attention, which "
+            "has no --window-size and only --softmax-type vanilla. Ask for divisors of the heads"
+        )
     for degree in asked:
         if degree not in legal:
             raise FlexSPError(
                 f"{flag}: {degree} is not a group size here. A group has a power of two of ranks, at most the "
                 f"{domain_size} data-parallel ranks, or all {domain_size}"
-            )
-        if heads % degree:
-            raise FlexSPError(
-                f"{flag}: {degree} ranks can't share {heads} attention heads evenly (--num-attention-heads "
-                f"{args.num_attention_heads} / --tensor-model-parallel-size {args.tensor_model_parallel_size}). Ask "
-                "for a degree that divides them"
             )
         if not _has_bandwidth(cost_model, degree):
             raise FlexSPError(

@@ -23,7 +23,7 @@ from megatron_flexsp.megatron.documents import SampleSource
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import MicroBatch, Plan
 from megatron_flexsp.planner.service import PendingPlan, PlanningService
-from megatron_flexsp.runtime import PackLayout
+from megatron_flexsp.runtime import PackLayout, RingSchedule, ring_size_of
 
 _BATCHES_IN_HAND = 2
 """Batches whose plans all ranks have and whose slices are read or being read."""
@@ -45,6 +45,8 @@ class LocalMicroBatch:
     tokens: Tensor | None
     labels: Tensor | None
     loss_mask: Tensor | None
+    ring: RingSchedule | None = None
+    """What ring attention computes, where the group is a ring."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class SliceReader:
         False in the middle of a pipeline, where only lengths matter.
     gpu
         The CUDA device that the tensors go to, so that they are pinned for it; None without one.
+    query_heads
+        Attention heads of a tensor-parallel rank; wider groups are rings. None: there are enough for any.
     """
 
     def __init__(
@@ -89,12 +93,14 @@ class SliceReader:
         slice_multiple: int,
         reads_tokens: bool,
         gpu: int | None,
+        query_heads: int | None = None,
     ) -> None:
         self._source = source
         self._domain_rank = domain_rank
         self._slice_multiple = slice_multiple
         self._reads_tokens = reads_tokens
         self._gpu = gpu
+        self._query_heads = query_heads
 
     def start_thread(self) -> None:
         """Prepare a thread that reads: a new one would pin for device 0, and take memory there."""
@@ -111,7 +117,12 @@ class SliceReader:
             degree=item.degree,
             member=self._domain_rank - item.first_rank,
             slice_multiple=self._slice_multiple,
+            ring_size=1 if self._query_heads is None else ring_size_of(item.degree, self._query_heads),
         )
+        ring = None
+        if layout.ring_size > 1:
+            ring = RingSchedule.of(layout)
+            ring = ring.with_table(self._pinned(ring.table))
         tokens = labels = loss_mask = None
         if self._reads_tokens:
             # Padding reads token 0 and predicts it with no weight.
@@ -134,10 +145,13 @@ class SliceReader:
             tokens=None if tokens is None else self._tensor(tokens),
             labels=None if labels is None else self._tensor(labels),
             loss_mask=None if loss_mask is None else self._tensor(loss_mask),
+            ring=ring,
         )
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:
-        tensor = torch.from_numpy(array)
+        return self._pinned(torch.from_numpy(array))
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
         return tensor if self._gpu is None else tensor.pin_memory()
 
 

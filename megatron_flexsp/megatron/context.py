@@ -20,7 +20,8 @@ from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import CostModel, first_ranks
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
-from megatron_flexsp.runtime import GroupPool
+from megatron_flexsp.runtime import GroupPool, ring_size_of
+from megatron_flexsp.runtime.block_attention import check_block_attention
 
 
 def on_cpu() -> bool:
@@ -107,8 +108,12 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         ],
         create=lambda ranks: parallel_state.create_group(ranks, timeout=timeout, group_desc="FLEXSP_BLOCK"),
         domain_group=domain_group,
+        query_heads=settings.query_heads,
     )
-    groups.warm_up("cpu" if on_cpu() else torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
+    if any(ring_size_of(degree, settings.query_heads) > 1 for degree in settings.degrees):
+        check_block_attention(device, args.params_dtype, args.kv_channels)
+    groups.warm_up(device)
     channel = PlanChannel(hosts_group)
     if settings.schedule != "static":
         static_degree = None

@@ -14,8 +14,9 @@ from typing import Any
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_flexsp.runtime import PackLayout, SequenceGroup, ulysses_attention
+from megatron_flexsp.runtime import PackLayout, RingSchedule, SequenceGroup, ring_attention, ulysses_attention
 from megatron_flexsp.runtime.attention import packed_causal_attention
+from megatron_flexsp.runtime.ulysses import Kernel
 
 
 @dataclass
@@ -31,14 +32,21 @@ class FlexSPPackedSeqParams(PackedSeqParams):
     group: SequenceGroup | None = None
     positions: Tensor | None = None
     """Each local token's position in its sequence, int64 ``[t]``, on the device."""
+    ring: RingSchedule | None = None
+    """There where the group has more ranks than there are heads to share."""
     whole_pack: PackedSeqParams | None = None
     """What a kernel for packs is told, which sees all tokens of some heads."""
 
     @classmethod
     def of(
-        cls, layout: PackLayout, group: SequenceGroup, positions: Tensor, cu_seqlens: Tensor
+        cls,
+        layout: PackLayout,
+        group: SequenceGroup,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        ring: RingSchedule | None,
     ) -> FlexSPPackedSeqParams:
-        """Of one micro-batch; ``positions`` and the whole pack's ``cu_seqlens`` are on the device."""
+        """Of one micro-batch; ``positions``, the whole pack's ``cu_seqlens`` and the ring's table are on the device."""
         # The pack's padding is a segment of its own, so that nothing of it stays unwritten.
         longest = layout.longest_segment
         whole_pack = PackedSeqParams(
@@ -48,7 +56,7 @@ class FlexSPPackedSeqParams(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        return cls(layout=layout, group=group, positions=positions, whole_pack=whole_pack)
+        return cls(layout=layout, group=group, positions=positions, ring=ring, whole_pack=whole_pack)
 
 
 class _PackedLength(int):
@@ -77,7 +85,11 @@ def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # Under query-key layer scaling Megatron divides the scores by the layer's number and multiplies
         # by it inside the softmax; together that is one factor.
         scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)
-        kernel = partial(packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=scale)
+        kernel: Kernel
+        if packed_seq_params.ring is None:
+            kernel = partial(packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=scale)
+        else:
+            kernel = partial(ring_attention, schedule=packed_seq_params.ring, group=group, softmax_scale=scale)
         out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
         return out_tHD.reshape(query.shape[0], 1, -1)
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
-from megatron_flexsp.runtime import SequenceGroup, ulysses_attention
+from megatron_flexsp.runtime import SequenceGroup, ring_attention, ulysses_attention
+from megatron_flexsp.runtime.ulysses import Kernel
 
 
 def te_attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -38,11 +40,16 @@ def te_attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tenso
         group, whole_pack = packed_seq_params.group, packed_seq_params.whole_pack
         assert group is not None and whole_pack is not None
 
-        def kernel(q_ThD: Tensor, k_TgD: Tensor, v_TgD: Tensor) -> Tensor:
+        def te_kernel(q_ThD: Tensor, k_TgD: Tensor, v_TgD: Tensor) -> Tensor:
             with _heads_of_one_member(self, group, q_ThD.shape[1], k_TgD.shape[1]):
                 out = original(self, q_ThD, k_TgD, v_TgD, None, attn_mask_type, None, whole_pack, **others)
             return out.unflatten(-1, (q_ThD.shape[1], -1))
 
+        kernel: Kernel = te_kernel
+        if packed_seq_params.ring is not None:
+            # Transformer Engine gives no log-sum-exp, by which the parts of a ring are put together.
+            scale = self.config.softmax_scale or query.shape[-1] ** -0.5
+            kernel = partial(ring_attention, schedule=packed_seq_params.ring, group=group, softmax_scale=scale)
         out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
         return out_tHD.reshape(query.shape[0], 1, -1)
 

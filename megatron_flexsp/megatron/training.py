@@ -165,7 +165,8 @@ class FlexSPTraining:
         positions, cu_seqlens = _to_device(item.positions), _to_device(item.cu_seqlens)
         assert positions is not None and cu_seqlens is not None
         group = self.context.groups.group(item.first_rank, item.layout.degree)
-        params = FlexSPPackedSeqParams.of(item.layout, group, positions, cu_seqlens)
+        ring = None if item.ring is None else item.ring.with_table(_on_device(item.ring.table))
+        params = FlexSPPackedSeqParams.of(item.layout, group, positions, cu_seqlens, ring)
         timers("batch-generator").stop()
         with nullcontext() if self._tracer is None else self._tracer.forward(item):
             output = model(
@@ -223,6 +224,7 @@ class FlexSPTraining:
             self._settings.slice_multiple,
             reads_tokens=first(ignore_virtual=True) or last(ignore_virtual=True),
             gpu=None if on_cpu() else torch.cuda.current_device(),
+            query_heads=self._settings.query_heads,
         )
 
     @property
@@ -276,7 +278,11 @@ def _script_loss(script_step: Any) -> Callable[..., Any]:
 
 
 def _to_device(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.to(device=torch.cuda.current_device(), non_blocking=True)
+    return None if tensor is None else _on_device(tensor)
+
+
+def _on_device(tensor: Tensor) -> Tensor:
+    return tensor.to(device=torch.cuda.current_device(), non_blocking=True)
 
 
 def _train_batch_size(consumed: int) -> int:

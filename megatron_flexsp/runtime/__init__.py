@@ -5,7 +5,17 @@ G key/value heads, h and g the heads that one rank holds during attention, D hea
 """
 
 from megatron_flexsp.runtime.groups import GroupPool, SequenceGroup
-from megatron_flexsp.runtime.packing import PackLayout, Piece
+from megatron_flexsp.runtime.packing import PackLayout, Piece, ring_size_of
+from megatron_flexsp.runtime.ring import RingSchedule, ring_attention
 from megatron_flexsp.runtime.ulysses import ulysses_attention
 
-__all__ = ["GroupPool", "PackLayout", "Piece", "SequenceGroup", "ulysses_attention"]
+__all__ = [
+    "GroupPool",
+    "PackLayout",
+    "Piece",
+    "RingSchedule",
+    "SequenceGroup",
+    "ring_attention",
+    "ring_size_of",
+    "ulysses_attention",
+]

@@ -11,13 +11,20 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from megatron_flexsp.runtime.packing import ring_size_of
 
 CreateGroup = Callable[[list[int]], dist.ProcessGroup]
 
 
 @dataclass(frozen=True)
 class SequenceGroup:
-    """The ranks that share one pack, seen from one of them."""
+    """The ranks that share one pack, seen from one of them.
+
+    They form a ring of blocks of neighbouring ranks. All that they exchange, inside a block and along the
+    ring, travels in the one process group.
+    """
 
     degree: int
     member: int
@@ -25,6 +32,66 @@ class SequenceGroup:
 
     process_group: dist.ProcessGroup | None = field(default=None, repr=False)
     """None for a group of one, which never communicates."""
+
+    ring_size: int = 1
+    """Blocks in the ring; 1 where a single block is the whole group."""
+
+    @property
+    def block_size(self) -> int:
+        """Ranks in each block."""
+        return self.degree // self.ring_size
+
+    @property
+    def block(self) -> int:
+        """This rank's block in the ring."""
+        return self.member // self.block_size
+
+    def exchange_in_block(self, outgoing: Tensor) -> Tensor:
+        """Row ``i`` of ``outgoing``, ``[block_size, ...]``, goes to the block's rank ``i``; theirs come back."""
+        # Both buffers must be dense in memory order. empty_like() of a transposed view would keep the
+        # view's strides, and the collective, which sees bare memory, would deliver scrambled rows.
+        outgoing = outgoing.contiguous()
+        incoming = torch.empty(outgoing.shape, dtype=outgoing.dtype, device=outgoing.device)
+        rows = None
+        if self.ring_size > 1:
+            first = self.block * self.block_size
+            rows = [int(first <= member < first + self.block_size) for member in range(self.degree)]
+        dist.all_to_all_single(incoming, outgoing, rows, rows, group=self.process_group)
+        return incoming
+
+    def pass_on(self, *outgoing: Tensor) -> PendingRing:
+        """Begin to send tensors to the ring's next block, and to receive as many from the one before.
+
+        Blocks trade between ranks of the same place. Tensors must be dense, and like those of all other blocks.
+        """
+        assert self.process_group is not None
+        following, previous = (
+            dist.get_global_rank(self.process_group, (self.member + step * self.block_size) % self.degree)
+            for step in (1, -1)
+        )
+        incoming = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in outgoing)
+        works = dist.batch_isend_irecv(
+            [
+                *(dist.P2POp(dist.isend, x, following, self.process_group) for x in outgoing),
+                *(dist.P2POp(dist.irecv, x, previous, self.process_group) for x in incoming),
+            ]
+        )
+        return PendingRing(incoming, outgoing, works)
+
+
+@dataclass(frozen=True)
+class PendingRing:
+    """A transfer along the ring that is under way. What is sent must not change before ``wait``."""
+
+    incoming: tuple[Tensor, ...]
+    outgoing: tuple[Tensor, ...]
+    works: list[dist.Work]
+
+    def wait(self) -> tuple[Tensor, ...]:
+        """What the block before sent. On a GPU the stream waits, not the host."""
+        for work in self.works:
+            work.wait()
+        return self.incoming
 
 
 class GroupPool:
@@ -41,6 +108,8 @@ class GroupPool:
         Makes a process group of the given global ranks; called by all ranks in one order.
     domain_group
         A group of this rank's whole domain that exists already, to be used for that block.
+    query_heads
+        Attention heads of a tensor-parallel rank; wider groups become rings.
     """
 
     def __init__(
@@ -49,6 +118,7 @@ class GroupPool:
         blocks: Iterable[tuple[int, int]],
         create: CreateGroup,
         domain_group: dist.ProcessGroup,
+        query_heads: int,
     ) -> None:
         rank = dist.get_rank()
         (self.domain,) = [list(domain) for domain in domains if rank in domain]
@@ -63,7 +133,9 @@ class GroupPool:
                 else:
                     process_group = create(ranks)
                 if rank in ranks:
-                    self._groups[first_rank, degree] = SequenceGroup(degree, ranks.index(rank), process_group)
+                    self._groups[first_rank, degree] = SequenceGroup(
+                        degree, ranks.index(rank), process_group, ring_size_of(degree, query_heads)
+                    )
 
     @property
     def communicators(self) -> int:
@@ -75,8 +147,10 @@ class GroupPool:
         return self._groups[first_rank, degree]
 
     def warm_up(self, device: torch.device | str) -> None:
-        """Use every group once, widest first, so that no communicator is set up in mid-training."""
+        """Use every group once, widest first, so that no connection is set up in mid-training."""
         for _, group in sorted(self._groups.items(), key=lambda item: (-item[0][1], item[0][0])):
             if group.process_group is not None:
-                probe = torch.zeros(group.degree, device=device)
-                dist.all_to_all_single(torch.empty_like(probe), probe, group=group.process_group)
+                probe = torch.zeros(group.block_size, device=device)
+                group.exchange_in_block(probe)
+                if group.ring_size > 1:
+                    group.pass_on(probe).wait()

@@ -1,7 +1,12 @@
 """Ulysses attention: trade a slice of all heads for all tokens of some heads, attend, trade back.
 
 The exchange is that of DeepSpeed-Ulysses (Jacobs et al., arXiv 2309.14509); slices are contiguous cuts
-of a pack, and query, key and value travel in one all-to-all.
+of a pack, and query, key and value travel in one all-to-all. Each way, a tensor is copied once into the
+order in which it is sent, or out of the order in which it came; the kernel works on what was received.
+
+The exchanges can't hide behind compute of their own layer: what comes before one needs all of it done, and so
+does what comes after, forward and backward. (Megatron has computed the weights' gradients of the output
+projection by the time that the backward reaches the first exchange.)
 """
 
 from __future__ import annotations
@@ -11,34 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_flexsp.runtime.groups import SequenceGroup
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class _AllToAll(torch.autograd.Function):
-    """Row block i of the input goes to member i; its backward is the same exchange."""
-
-    @staticmethod
-    def forward(ctx: Any, process_group: dist.ProcessGroup, outgoing: Tensor) -> Tensor:
-        ctx.process_group = process_group
-        return _exchange(process_group, outgoing)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
-        return None, _exchange(ctx.process_group, gradients[0])
-
-
-def _exchange(process_group: dist.ProcessGroup, outgoing: Tensor) -> Tensor:
-    # Both buffers must be dense in memory order. empty_like() of a transposed view would keep the
-    # view's strides, and the collective, which sees bare memory, would deliver scrambled rows.
-    outgoing = outgoing.contiguous()
-    incoming = torch.empty(outgoing.shape, dtype=outgoing.dtype, device=outgoing.device)
-    dist.all_to_all_single(incoming, outgoing, group=process_group)
-    return incoming
 
 
 def key_value_heads_needed(key_value_heads: int, degree: int) -> int:
@@ -56,32 +38,82 @@ def ulysses_attention(q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor, group: Sequen
     Parameters
     ----------
     q_tHD, k_tGD, v_tGD
-        This rank's slice. H must be a multiple of the group's degree and of G.
+        This rank's slice. H must be a multiple of the ranks in a block of the group, and of G.
     kernel
-        Maps whole-pack ``q_ThD, k_TgD, v_TgD`` to ``out_ThD``.
+        Maps ``q_ThD, k_TgD, v_TgD`` to ``out_ThD``. T are the tokens of the whole pack; where the group is a
+        ring, those of this rank's block, and the kernel is ring attention.
 
     Returns
     -------
     Tensor
         ``out_tHD``, this rank's slice of the result.
     """
-    if group.process_group is None:
+    if group.block_size == 1:
         return kernel(q_tHD, k_tGD, v_tGD)
-    degree = group.degree
-    slice_tokens, query_heads, width = q_tHD.shape
-    heads = query_heads // degree
-    repeats = key_value_heads_needed(k_tGD.shape[1], degree) // k_tGD.shape[1]
+    out_ThD = kernel(*_HeadsOverRanks.apply(group, q_tHD, k_tGD, v_tGD))
+    return _TokensOverRanks.apply(group, out_ThD)  # type: ignore[no-any-return]
+
+
+class _HeadsOverRanks(torch.autograd.Function):
+    """From a slice of all heads to all tokens of this rank's heads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, group: SequenceGroup, q_tHD: Tensor, k_tGD: Tensor, v_tGD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ranks = group.block_size
+        tokens, query_heads, width = q_tHD.shape
+        h, g = query_heads // ranks, key_value_heads_needed(k_tGD.shape[1], ranks) // ranks
+        ctx.group, ctx.heads, ctx.key_value_heads = group, (h, g, g), k_tGD.shape[1]
+        outgoing = q_tHD.new_empty(ranks, tokens, h + 2 * g, width)
+        for part, x in zip(outgoing.split(ctx.heads, dim=2), (q_tHD, k_tGD, v_tGD), strict=True):
+            _deal_heads(x, part)
+        q_ThD, k_TgD, v_TgD = group.exchange_in_block(outgoing).flatten(0, 1).split(ctx.heads, dim=1)
+        return q_ThD, k_TgD, v_TgD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
+        outgoing = torch.cat(gradients, dim=1).unflatten(0, (ctx.group.block_size, -1))
+        dq, dk, dv = ctx.group.exchange_in_block(outgoing).split(ctx.heads, dim=2)
+        query_heads = ctx.group.block_size * ctx.heads[0]
+        return None, *(
+            _gather_heads(x, heads)
+            for x, heads in ((dq, query_heads), (dk, ctx.key_value_heads), (dv, ctx.key_value_heads))
+        )  # type: ignore[return-value]
+
+
+class _TokensOverRanks(torch.autograd.Function):
+    """From all tokens of this rank's heads to a slice of all heads."""
+
+    @staticmethod
+    def forward(ctx: Any, group: SequenceGroup, out_ThD: Tensor) -> Tensor:
+        ctx.group = group
+        incoming = group.exchange_in_block(out_ThD.unflatten(0, (group.block_size, -1)))
+        return incoming.transpose(0, 1).flatten(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        outgoing = gradients[0].unflatten(1, (ctx.group.block_size, -1)).transpose(0, 1)
+        return None, ctx.group.exchange_in_block(outgoing).flatten(0, 1)
+
+
+def _deal_heads(x_tND: Tensor, part_UtnD: Tensor) -> None:
+    """Write each rank's heads, of U ranks; where there are too few, every head goes to equally many."""
+    ranks, heads = part_UtnD.shape[0], part_UtnD.shape[2]
+    repeats = ranks * heads // x_tND.shape[1]
+    if repeats > 1 and heads == 1:
+        part_UtnD.squeeze(2).unflatten(0, (-1, repeats)).copy_(x_tND.transpose(0, 1).unsqueeze(1))
+        return
     if repeats > 1:
-        k_tGD = k_tGD.repeat_interleave(repeats, dim=1)
-        v_tGD = v_tGD.repeat_interleave(repeats, dim=1)
-    key_value_heads = k_tGD.shape[1] // degree
+        x_tND = x_tND.repeat_interleave(repeats, dim=1)
+    part_UtnD.copy_(x_tND.unflatten(1, (ranks, heads)).transpose(0, 1))
 
-    by_member = [x.unflatten(1, (degree, -1)) for x in (q_tHD, k_tGD, v_tGD)]
-    outgoing = torch.cat(by_member, dim=2).transpose(0, 1)
-    incoming = _AllToAll.apply(group.process_group, outgoing)
-    whole_pack = incoming.flatten(0, 1).split((heads, key_value_heads, key_value_heads), dim=1)
-    out_ThD = kernel(*whole_pack)
 
-    outgoing = out_ThD.reshape(degree, slice_tokens, heads, width)
-    incoming = _AllToAll.apply(group.process_group, outgoing)
-    return incoming.transpose(0, 1).reshape(slice_tokens, query_heads, width)
+def _gather_heads(part_UtnD: Tensor, total_heads: int) -> Tensor:
+    """The backward of ``_deal_heads``: ``[t, N, D]``, summed over the copies of each head."""
+    ranks, _, heads, _ = part_UtnD.shape
+    repeats = ranks * heads // total_heads
+    if repeats > 1 and heads == 1:
+        return part_UtnD.squeeze(2).unflatten(0, (-1, repeats)).sum(1).transpose(0, 1)
+    x_tLD = part_UtnD.transpose(0, 1).flatten(1, 2)
+    return x_tLD if repeats == 1 else x_tLD.unflatten(1, (-1, repeats)).sum(2)

@@ -105,6 +105,20 @@ def test_bf16(train: Callable, reference: Callable) -> None:
     assert_equal_losses(run, reference(1, *GQA, "--bf16"), tolerance=1e-2)
 
 
+def test_more_ranks_than_heads_with_recompute(train: Callable, reference: Callable) -> None:
+    """Four ranks and two heads: two blocks of two ranks in a ring; in the narrower groups, none."""
+    model = (*LLAMA, "--num-attention-heads", "2", "--group-query-attention", "--num-query-groups", "1")
+    run = train(4, *model, *FULL, "--flexsp-degrees", "1,2,4", plan=UNEQUAL, gradients=True)
+    assert_equal(run, reference(1, *model))
+
+
+def test_more_ranks_than_heads_with_sequence_parallel(train: Callable, reference: Callable) -> None:
+    """One head on each tensor-parallel rank: every group of two is a ring."""
+    model = (*LLAMA, *TENSOR, "--num-attention-heads", "2")
+    run = train(4, *model, "--sequence-parallel", "--flexsp-degrees", "1,2", plan=NESTED_2, gradients=True)
+    assert_equal(run, reference(2, *model))
+
+
 class TestTransformerEngine:
     """Megatron's real TEDotProductAttention and layers over the stand-in for Transformer Engine."""
 

@@ -1,4 +1,4 @@
-"""The cases of Ulysses attention that the processes run and the tests look up."""
+"""The cases of attention over a group that the processes run and the tests look up."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,14 @@ class Case:
     dtype: str = "float32"
     transposed: bool = False
     """Inputs and the result's gradient are views with strides that are not those of a dense tensor."""
+    slice_multiple: int = 1
 
     @property
     def name(self) -> str:
         words = [f"degree {self.degree}", f"{self.heads} heads", f"{self.key_value_heads} key/value heads"]
         words += ["lengths " + "+".join(map(str, self.lengths)), self.dtype]
-        return ", ".join([*words, *(["transposed"] if self.transposed else [])])
+        words += ["transposed"] * self.transposed + [f"slices of {self.slice_multiple}s"] * (self.slice_multiple > 1)
+        return ", ".join(words)
 
 
 CASES = [
@@ -33,4 +35,17 @@ CASES = [
     *[Case(degree, 8, few, transposed=True) for degree in (2, 4) for few in (2, 8)],
     *[Case(degree, 8, few, dtype="bfloat16") for degree in (2, 4) for few in (2, 8)],
     Case(4, 8, 2, dtype="bfloat16", transposed=True),
+]
+
+# More ranks than query heads: blocks of 2 ranks, or of one, in a ring of 2, 3 or 4.
+CASES += [
+    *[Case(4, 2, few, lengths) for few in (1, 2) for lengths in [(41,), (5, 17, 3), (1, 1, 2, 30, 1, 7)]],
+    *[Case(degree, 1, 1, lengths) for degree in (2, 3, 4) for lengths in [(64,), (5, 17, 3), (1,), (2, 1)]],
+    *[Case(4, 6, few) for few in (1, 2, 3, 6)],
+    *[Case(degree, heads, 1, (50, 9), "bfloat16") for degree, heads in ((4, 2), (3, 2), (4, 1))],
+    Case(4, 2, 1, transposed=True),
+    Case(3, 4, 2, (2, 1, 1, 33, 6), transposed=True),
+    # A slice's multiple leaves a block with padding alone.
+    Case(4, 2, 2, (3,), slice_multiple=4),
+    Case(4, 2, 1, (19, 6), slice_multiple=4),
 ]

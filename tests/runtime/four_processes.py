@@ -1,10 +1,11 @@
-"""Run by the tests in four processes: every case of Ulysses attention, and the groups that a pool makes.
+"""Run by the tests in four processes: every case of attention over a group, and the groups that a pool makes.
 
 Each rank writes what it saw to ``rank<r>.json`` in the folder that is the only argument.
 """
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_flexsp.planner import first_ranks
-from megatron_flexsp.runtime import GroupPool, PackLayout, ulysses_attention
+from megatron_flexsp.runtime import (
+    GroupPool,
+    PackLayout,
+    RingSchedule,
+    SequenceGroup,
+    ring_attention,
+    ring_size_of,
+    ulysses_attention,
+)
 from megatron_flexsp.runtime.attention import packed_causal_attention
+from megatron_flexsp.runtime.ulysses import Kernel
 from tests.runtime.cases import CASES, Case
 from tests.runtime.dense import dense_attention
 
@@ -30,7 +40,8 @@ def main() -> None:
     two_domains, created = pool([[0, 2], [1, 3]], degrees=(1, 2))
     seen["two domains"] = described(two_domains, created)
     seen["sums"] = [sum_over(one_domain, 0, 4), sum_over(two_domains, 0, 2)]
-    seen["differences"] = {case.name: differences(case, one_domain, rank) for case in CASES}
+    three = dist.new_group([0, 1, 2])
+    seen["differences"] = {case.name: differences(case, one_domain, three) for case in CASES}
     Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
 
@@ -50,6 +61,7 @@ def pool(domains: list[list[int]], degrees: tuple[int, ...]) -> tuple[GroupPool,
         blocks=[(first, degree) for degree in degrees for first in first_ranks(degree, size)],
         create=create,
         domain_group=next(group for group, domain in zip(whole, domains, strict=True) if dist.get_rank() in domain),
+        query_heads=2,
     )
     made.warm_up("cpu")
     return made, created
@@ -77,27 +89,48 @@ def sum_over(made: GroupPool, first_rank: int, degree: int) -> int:
     return int(number)
 
 
-def differences(case: Case, made: GroupPool, rank: int) -> dict[str, float]:
+def differences(case: Case, made: GroupPool, three: dist.ProcessGroup) -> dict[str, float]:
     """How far the result and each gradient are from the whole pack's on one process, as a share of the largest."""
-    group = made.group(rank // case.degree * case.degree, case.degree)
-    layout = PackLayout(case.lengths, case.degree, group.member)
+    rank, ring_size = dist.get_rank(), ring_size_of(case.degree, case.heads)
+    if case.degree == 3:
+        if rank == 3:
+            return {}
+        group = SequenceGroup(3, rank, three, ring_size)
+    else:
+        group = made.group(rank // case.degree * case.degree, case.degree)
+        group = replace(group, ring_size=ring_size)
+    layout = PackLayout(case.lengths, case.degree, group.member, case.slice_multiple, ring_size)
     dtype = getattr(torch, case.dtype)
     torch.manual_seed(5)
     heads = (case.heads, case.key_value_heads, case.key_value_heads, case.heads)
-    q, k, v, weight = (torch.randn(layout.padded_tokens, count, WIDTH).to(dtype) for count in heads)
+    q, k, v, weight = (torch.randn(layout.total_tokens, count, WIDTH).to(dtype) for count in heads)
     whole = [x.float().requires_grad_() for x in (q, k, v)]
-    expected = dense_attention(*whole, layout.segment_lengths, SCALE)
+    expected = dense_attention(*whole, layout.lengths, SCALE)
     wanted = [expected, *torch.autograd.grad((expected * weight.float()).sum(), whole)]
 
-    here = slice(layout.slice_start, layout.slice_start + layout.slice_tokens)
-    parts = [laid_out(x[here], case.transposed) for x in (q, k, v)]
-    kernel = partial(packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=SCALE)
-    out = ulysses_attention(*(x.requires_grad_() for x in parts), group, kernel)
-    found = [out, *torch.autograd.grad(out, parts, laid_out(weight[here], case.transposed))]
-    return {
-        name: float((mine.float() - all_of_it[here]).abs().max() / all_of_it.abs().max())
-        for name, mine, all_of_it in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True)
-    }
+    begins = [sum(case.lengths[:sequence]) for sequence in range(len(case.lengths))]
+    here = [begins[piece.sequence] + at for piece in layout.pieces for at in range(piece.start, piece.stop)]
+    # What lies in the padding must not matter to the sequences.
+    parts = [laid_out(padded(x[here], layout.slice_tokens), case.transposed) for x in (q, k, v, weight)]
+    kernel: Kernel
+    if ring_size == 1:
+        kernel = partial(packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=SCALE)
+    else:
+        kernel = partial(ring_attention, schedule=RingSchedule.of(layout), group=group, softmax_scale=SCALE)
+    inputs = [x.requires_grad_() for x in parts[:3]]
+    out = ulysses_attention(*inputs, group, kernel)
+    found = [out, *torch.autograd.grad(out, inputs, parts[3])]
+    assert all(bool(x.isfinite().all()) for x in found)
+    shares = {}
+    for name, mine, all_of_it in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+        largest = max(float(all_of_it.detach().abs().max()), 0.1)  # the query of a single token has no gradient
+        distances = (mine.detach()[: len(here)].float() - all_of_it.detach()[here]).abs()
+        shares[name] = float(distances.max()) / largest if here else 0.0
+    return shares
+
+
+def padded(x_nHD: Tensor, tokens: int) -> Tensor:
+    return torch.cat((x_nHD, torch.randn(tokens - len(x_nHD), *x_nHD.shape[1:]).to(x_nHD.dtype)))
 
 
 def laid_out(x_tHD: Tensor, transposed: bool) -> Tensor:

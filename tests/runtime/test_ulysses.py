@@ -12,7 +12,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_result_and_gradients_are_those_of_one_process(case: Case, four_processes: list[dict[str, Any]]) -> None:
-    for rank, seen in enumerate(four_processes):
+    for rank, seen in enumerate(four_processes[: 3 if case.degree == 3 else 4]):
         found = seen["differences"][case.name]
         assert found.keys() == {"out", "dq", "dk", "dv"}
         for name, difference in found.items():
