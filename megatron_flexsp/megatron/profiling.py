@@ -110,6 +110,8 @@ class _Measurement:
         self._longest = min(longest, max(self._settings.degrees) * context.token_capacity)
         args = get_args()
         self._text = run.reader(RandomText(args.vocab_size or args.padded_vocab_size, self._longest))
+        self._capacity = context.token_capacity
+        """Tokens that a rank can hold; estimated until memory is measured."""
 
     def take(self) -> None:
         """Everything, in order; the file is written before the check and once more after it."""
@@ -134,15 +136,16 @@ class _Measurement:
         rounds = -(-settings.micro_batches_in_flight // settings.count_multiple) * settings.count_multiple
         measured = []
         for share in (0.25, 0.5, 0.5):  # the first is a warm-up too: what libraries allocate once is not a token's
-            tokens = self._rounded(self._context.token_capacity * share)
+            tokens = self._rounded(self._useful_tokens() * share)
             point = Point(1, (min(tokens, self._longest),) * max(1, tokens // self._longest), rounds)
             batch = self._runner.batch(*plan_of(point, settings.domain_size), self._text)
             self._runner.bytes(batch)
             measured.append((point.tokens, self._runner.bytes(batch)))
             show("memory", len(measured) / 3)
-        return [measured[0], measured[-1]]
+        return [measured[0], measured[2]]
 
     def _rounded(self, tokens: float) -> int:
+        """A rank's slice of at most so many tokens."""
         multiple = self._settings.slice_multiple
         return max(1, int(tokens) // multiple) * multiple
 
@@ -167,21 +170,24 @@ class _Measurement:
         return float(budget), state, per_token
 
     def _tokens_per_rank(self, memory: list[tuple[int, MeasuredBytes]]) -> int:
-        """How full the fullest measured micro-batch is: what memory holds, but no more than plans would use."""
+        """How full the fullest measured micro-batch is, once it is known what memory holds."""
         settings = self._settings
-        capacity = settings.max_tokens_per_rank
-        if capacity is None:
+        if settings.max_tokens_per_rank is None:
             budget, state, per_token = self._memory_constants(memory)
-            capacity = int((budget - state) / per_token) // settings.micro_batches_in_flight
-            if capacity < settings.slice_multiple:
+            self._capacity = int((budget - state) / per_token) // settings.micro_batches_in_flight
+            if self._capacity < settings.slice_multiple:
                 raise FlexSPError(
                     f"--flexsp-profile: this device has {budget:.0f} bytes for the job, and its state takes "
                     f"{state:.0f} of them; a token takes {per_token:.0f} more. Spread the model over more ranks or "
                     "recompute activations"
                 )
+        return self._rounded(self._useful_tokens())
+
+    def _useful_tokens(self) -> float:
+        """What memory holds, but no more than a plan would give one micro-batch of a rank."""
         batch_tokens = get_args().global_batch_size * float(self._lengths.mean())
-        useful = max(batch_tokens / settings.domain_size, self._longest / max(settings.degrees))
-        return self._rounded(min(capacity, useful))
+        even_share = batch_tokens / self._settings.domain_size
+        return min(self._capacity, max(even_share, self._longest / max(self._settings.degrees)))
 
     def _measure_exchanges(self, tokens_per_rank: int, show: Show) -> list[dict[str, Any]]:
         """Bare all-to-alls of each degree, at the sizes of a layer's."""
@@ -317,7 +323,7 @@ class _Measurement:
         request = self._context.request
         options = {**request.options, "degrees": degrees}
         try:
-            return replace(request, cost_model=cost_model, options=options).make(lengths)
+            return replace(request, cost_model=cost_model, token_capacity=self._capacity, options=options).make(lengths)
         except FlexSPError as error:
             return error
 
@@ -334,7 +340,7 @@ class _Measurement:
         for allowed in choices[:1] if static else choices:
             samples = [(begin + k) % total for k in range(size)]
             begin += size
-            room = allowed[-1] * (self._context.token_capacity // settings.slice_multiple * settings.slice_multiple)
+            room = allowed[-1] * self._rounded(self._capacity)
             lengths = self._source.lengths(np.array(samples))
             samples = [sample for sample, length in zip(samples, lengths, strict=True) if length <= room]
             if samples:

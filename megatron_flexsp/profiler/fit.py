@@ -94,7 +94,8 @@ def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = 
             features[row, place : place + 2] = sample.times, sample.times * sample.tokens / sample.degree
     if len(np.unique(features, axis=0)) < columns:
         raise FlexSPError(
-            f"{len(np.unique(features, axis=0))} kinds of steps can't tell {columns} constants apart: measure more"
+            f"{len(np.unique(features, axis=0))} kinds of steps can't tell {columns} constants apart: measure "
+            "more of them, with more tokens a rank"
         )
     least = np.zeros(columns)
     for degree, value in (least_exchange or {}).items():
