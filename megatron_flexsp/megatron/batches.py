@@ -1,7 +1,7 @@
 """Global batches ahead of time: lengths from the index, a plan from the planning process, this rank's slices.
 
 The iterator that Megatron's training loop is handed yields one ``PlannedBatch`` for each step. The coming
-steps' plans are shared and their slices read while the current one trains.
+steps' plans are shared and their slices read in the background while the current one trains.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.documents import SampleSource
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import MicroBatch, Plan
@@ -26,7 +27,7 @@ from megatron_flexsp.planner.service import PendingPlan, PlanningService
 from megatron_flexsp.runtime import PackLayout, RingSchedule, ring_size_of
 
 _BATCHES_IN_HAND = 2
-"""Batches whose plans all ranks have and whose slices are read or being read."""
+"""Batches whose plans are shared and slices read, or about to be."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,6 @@ class SliceReader:
         self._gpu = gpu
         self._query_heads = query_heads
 
-    def start_thread(self) -> None:
-        """Prepare a thread that reads: a new one would pin for device 0, and take memory there."""
-        if self._gpu is not None:
-            torch.cuda.set_device(self._gpu)
-
     def read(self, plan: Plan, samples: range, lengths: NDArray[np.int64]) -> list[LocalMicroBatch]:
         """What this rank runs, in order."""
         return [self._read_one(item, samples, lengths) for item in plan.micro_batches_of_rank(self._domain_rank)]
@@ -155,10 +151,25 @@ class SliceReader:
         return tensor if self._gpu is None else tensor.pin_memory()
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A batch with its plan and this rank's slices."""
+
+    lengths: NDArray[np.int64]
+    plan: Plan
+    micro_batches: list[LocalMicroBatch]
+    planned_at: float
+    """When the plan had come, on ``time.perf_counter``'s clock."""
+
+
+_Asked = tuple[range, NDArray[np.int64], PendingPlan | None]
+
+
 class PlannedBatches:
     """Iterates over the planned batches of one split.
 
-    ``__next__`` is collective: every rank calls it for the same steps in the same order.
+    ``__next__`` and ``prepare`` are collective: every rank calls them for the same steps in the same order. What is
+    collective in them happens in the background, where all splits of a run take turns in one thread.
 
     Parameters
     ----------
@@ -170,6 +181,9 @@ class PlannedBatches:
         Makes the plans; on the planning rank only.
     plan_ahead
         Batches that are planned before they are needed.
+    background
+        Shares plans and reads slices, in the order in which they are asked for. No other thread may use the
+        channel at the same time.
     """
 
     def __init__(
@@ -180,6 +194,7 @@ class PlannedBatches:
         batches: Iterator[range],
         planner: PlanningService | None,
         plan_ahead: int,
+        background: Background,
     ) -> None:
         self.source = source
         self._reader = reader
@@ -187,24 +202,24 @@ class PlannedBatches:
         self._batches = batches
         self._planner = planner
         self._plan_ahead = plan_ahead
-        self._planning: deque[tuple[range, NDArray[np.int64], PendingPlan | None]] = deque()
-        self._reading: deque[tuple[NDArray[np.int64], Plan, float, Future[list[LocalMicroBatch]]]] = deque()
-        self._reader_thread = ThreadPoolExecutor(1, "flexsp-reader", initializer=reader.start_thread)
-        self._start_planning()
+        self._background = background
+        self._asked: deque[Future[_Asked]] = deque()
+        self._in_hand: deque[Future[_Ready]] = deque()
+        self._ask_ahead()
 
     def __iter__(self) -> Iterator[PlannedBatch]:
         return self
 
     def __next__(self) -> PlannedBatch:
-        if not self._reading:
+        if not self._in_hand:
             self.prepare()
-        if not self._reading:
+        if not self._in_hand:
             raise StopIteration
-        lengths, plan, waited_for_plan, slices = self._reading.popleft()
         started = time.perf_counter()
-        micro_batches = slices.result()
-        waited_for_data = time.perf_counter() - started
-        return PlannedBatch(lengths, plan, micro_batches, waited_for_plan, waited_for_data)
+        ready = self._in_hand.popleft().result()
+        waited = time.perf_counter() - started
+        waited_for_plan = min(waited, max(0.0, ready.planned_at - started))
+        return PlannedBatch(ready.lengths, ready.plan, ready.micro_batches, waited_for_plan, waited - waited_for_plan)
 
     def expect(self, batch: PlannedBatch | None, sequences: int) -> PlannedBatch:
         """The batch that ``__next__`` gave, if it is what Megatron asks for.
@@ -228,23 +243,22 @@ class PlannedBatches:
         return batch
 
     def prepare(self) -> None:
-        """Share the coming plans and begin to read their slices. Collective, as ``__next__`` is.
+        """Have the coming plans shared and their slices read, for the steps after the next one."""
+        while len(self._in_hand) < _BATCHES_IN_HAND and self._asked:
+            asked = self._asked.popleft()
+            self._ask_ahead()
+            self._in_hand.append(self._background.submit(self._share_and_read, asked))
 
-        Call it when the step's work is launched: what is shared then is for the steps after the next one.
-        """
-        while len(self._reading) < _BATCHES_IN_HAND and self._planning:
-            self._share_next()
+    def _ask_ahead(self) -> None:
+        while len(self._asked) < self._plan_ahead and (samples := next(self._batches, None)) is not None:
+            self._asked.append(self._background.submit(self._ask_for_plan, samples))
 
-    def _start_planning(self) -> None:
-        while len(self._planning) < self._plan_ahead and (samples := next(self._batches, None)) is not None:
-            lengths = self.source.lengths(np.arange(samples.start, samples.stop))
-            pending = None if self._planner is None else self._planner.submit(lengths)
-            self._planning.append((samples, lengths, pending))
+    def _ask_for_plan(self, samples: range) -> _Asked:
+        lengths = self.source.lengths(np.arange(samples.start, samples.stop))
+        return samples, lengths, None if self._planner is None else self._planner.submit(lengths)
 
-    def _share_next(self) -> None:
-        samples, lengths, pending = self._planning.popleft()
-        self._start_planning()
-        started = time.perf_counter()
+    def _share_and_read(self, asked: Future[_Asked]) -> _Ready:
+        samples, lengths, pending = asked.result()
         planned: Plan | FlexSPError | None = None
         if self._planner is not None and pending is not None:
             try:
@@ -252,9 +266,8 @@ class PlannedBatches:
             except FlexSPError as error:
                 planned = error
         plan = self._channel.share(lengths, planned)
-        waited = time.perf_counter() - started
-        slices = self._reader_thread.submit(self._reader.read, plan, samples, lengths)
-        self._reading.append((lengths, plan, waited, slices))
+        planned_at = time.perf_counter()
+        return _Ready(lengths, plan, self._reader.read(plan, samples, lengths), planned_at)
 
 
 class GivenBatch:

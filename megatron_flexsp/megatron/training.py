@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
+from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.batches import (
     GivenBatch,
     LocalMicroBatch,
@@ -41,6 +42,9 @@ from megatron_flexsp.megatron.step_log import log_step
 from megatron_flexsp.megatron.tracing import Tracer
 from megatron_flexsp.planner import Plan
 
+_LAST_PLANS_SECONDS = 30.0
+"""Plans that are still under way when training ends are waited for, so that no group is destroyed under them."""
+
 
 class FlexSPTraining:
     """Stands between Megatron's ``pretrain`` and the user's script."""
@@ -52,6 +56,7 @@ class FlexSPTraining:
         self._accounted: Plan | None = None
         self._tracer: Tracer | None = None
         self._drift: DriftWatch | None = None
+        self._background: Background | None = None
         self._checked_models: set[Any] = set()
 
     def configure(self, settings: Settings) -> None:
@@ -80,7 +85,10 @@ class FlexSPTraining:
             script_step = bound.arguments["forward_step_func"]
             bound.arguments["train_valid_test_dataset_provider"] = self._dataset_provider()
             bound.arguments["forward_step_func"] = functools.partial(self._forward_step, _script_loss(script_step))
-            return original(*bound.args, **bound.kwargs)
+            result = original(*bound.args, **bound.kwargs)
+            if self._background is not None:
+                self._background.finish(limit_seconds=_LAST_PLANS_SECONDS)
+            return result
 
         return pretrain
 
@@ -211,6 +219,9 @@ class FlexSPTraining:
             self._drift = DriftWatch(path, overhead, profile_command(sys.argv, path))
         for part in parts:
             print_rank_0(f" > [flexsp] {part.describe()}")
+        # CUDA's current device is each thread's own.
+        begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
+        self._background = Background("flexsp-batches", (lambda: None) if on_cpu() else begin)
         consumed = (args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0)
         sizes = (_train_batch_size, _evaluation_batch_size, _evaluation_batch_size)
         return tuple(map(self._iterator, sources, consumed, sizes))
@@ -240,6 +251,7 @@ class FlexSPTraining:
     ) -> PlannedBatches | None:
         if source is None:
             return None
+        assert self._background is not None
         context = self.context
         return PlannedBatches(
             source,
@@ -248,6 +260,7 @@ class FlexSPTraining:
             batches_from(consumed, len(source), size_at),
             context.planner,
             context.settings.plan_ahead,
+            self._background,
         )
 
 

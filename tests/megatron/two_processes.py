@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.datasets.utils import Split
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.batches import PlannedBatches, SliceReader, batches_from
 from megatron_flexsp.megatron.documents import DocumentDataset, SampleSource
 from megatron_flexsp.megatron.mock_documents import MockDocuments
@@ -54,7 +55,8 @@ def batches(channel: PlanChannel, rank: int, longest: int) -> list[Any]:
     planner = PlanningService(PlanRequest(COST_MODEL, domain_size=2, token_capacity=20)) if rank == 0 else None
     reader = SliceReader(source, rank, slice_multiple=1, reads_tokens=True, gpu=None)
     seen: list[Any] = []
-    planned = PlannedBatches(source, reader, channel, batches_from(0, 14, lambda consumed: 4), planner, 2)
+    coming = batches_from(0, 14, lambda consumed: 4)
+    planned = PlannedBatches(source, reader, channel, coming, planner, 2, Background("batches"))
     try:
         for batch in planned:
             tokens = [[] if item.tokens is None else item.tokens.tolist() for item in batch.micro_batches]
