@@ -110,8 +110,13 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     )
     groups.warm_up("cpu" if on_cpu() else torch.device("cuda", torch.cuda.current_device()))
     channel = PlanChannel(hosts_group)
-    if settings.schedule != "static":
+    degrees, schedule = settings.degrees, settings.schedule
+    if schedule != "static":
         static_degree = None
+    elif settings.in_rounds:
+        # Ranks may not run different numbers of micro-batches: rounds of one degree.
+        assert static_degree is not None
+        degrees, schedule = (static_degree,), "lockstep"
     request = PlanRequest(
         cost_model,
         settings.domain_size,
@@ -120,9 +125,9 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         count_multiple=settings.count_multiple,
         time_limit_seconds=settings.solver_time_limit_seconds,
         options={
-            "schedule": settings.schedule,
-            "degrees": settings.degrees,
-            "static_degree": static_degree,
+            "schedule": schedule,
+            "degrees": degrees,
+            "static_degree": static_degree if schedule == "static" else None,
             "pipeline_stages": settings.pipeline_stages,
         },
     )

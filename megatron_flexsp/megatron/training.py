@@ -36,6 +36,7 @@ from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetC
 from megatron_flexsp.megatron.drift import DriftWatch, profile_command
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
+from megatron_flexsp.megatron.routers import RoutedPack, check_routers, routed
 from megatron_flexsp.megatron.step_log import log_step
 from megatron_flexsp.megatron.tracing import Tracer
 from megatron_flexsp.planner import Plan
@@ -51,6 +52,7 @@ class FlexSPTraining:
         self._accounted: Plan | None = None
         self._tracer: Tracer | None = None
         self._drift: DriftWatch | None = None
+        self._batch_tokens = 0
         self._checked_models: set[Any] = set()
 
     def configure(self, settings: Settings) -> None:
@@ -122,6 +124,7 @@ class FlexSPTraining:
             tracer = None if forward_only else self._tracer
         if tracer is not None:
             tracer.begin(get_args().curr_iteration + 1, batch)
+        self._batch_tokens = int(batch.lengths.sum())
         micro_batches = batch.micro_batches
         result = schedule(
             data_iterator=iter(micro_batches) if chunks is None else [iter(micro_batches) for _ in range(chunks)],
@@ -156,6 +159,7 @@ class FlexSPTraining:
         """Run the model on the next micro-batch; the script's own loss function follows."""
         if model not in self._checked_models:
             _check_attention(model)
+            check_routers(model)
             self._checked_models.add(model)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
@@ -169,7 +173,9 @@ class FlexSPTraining:
             positions=positions,
         )
         timers("batch-generator").stop()
-        with nullcontext() if self._tracer is None else self._tracer.forward(item):
+        micro_batches_expected = num_microbatches_calculator.get_num_microbatches()
+        pack = RoutedPack(params, self._batch_tokens, self._settings.domain_size, micro_batches_expected)
+        with routed(pack), nullcontext() if self._tracer is None else self._tracer.forward(item):
             output = model(
                 None if tokens is None else tokens.unsqueeze(0),
                 positions.unsqueeze(0),
