@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron import experts
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
 from megatron_flexsp.runtime import ring_size_of
 
@@ -112,6 +113,8 @@ class Settings:
     """The flags' values, checked, with what follows from Megatron's own arguments."""
 
     schedule: str
+    in_rounds: bool
+    """Whether every rank must run one micro-batch in each round, whatever the schedule."""
     static_degree: int | None
     degrees: tuple[int, ...]
     """Group sizes that plans may use, narrowest first."""
@@ -178,9 +181,6 @@ def _refusals(args: argparse.Namespace) -> list[str]:
         ),
         "--use-megatron-fsdp and --use-torch-fsdp2: they gather parameters in every micro-batch, and ranks run "
         "different numbers of those": getattr(args, "use_megatron_fsdp", False) or args.use_torch_fsdp2,
-        "--num-experts and --expert-model-parallel-size: mixtures of experts are not supported yet": (
-            args.num_experts or args.expert_model_parallel_size > 1
-        ),
         "--attention-dropout other than 0 (Megatron's default is 0.1): the ranks of a group would draw the same "
         "masks for different heads. Set --attention-dropout 0 (--use-checkpoint-args takes the checkpoint's)": (
             args.attention_dropout != 0
@@ -230,6 +230,7 @@ def _refusals(args: argparse.Namespace) -> list[str]:
             args.full_validation or args.multiple_validation_sets
         ),
         "--phase-transition-iterations: it is not supported": args.phase_transition_iterations,
+        **experts.refusals(args),
     }
     return [message for message, applies in given.items() if applies]
 
@@ -313,7 +314,8 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         in_flight = -(-(2 * (pipeline_size - 1) + (chunks - 1) * count_multiple + 1) // chunks)
     cost_model = None if args.flexsp_cost_model is None else CostModel.load(args.flexsp_cost_model)
     return Settings(
-        schedule="nested" if args.flexsp_schedule == "auto" else args.flexsp_schedule,
+        schedule=_schedule(args),
+        in_rounds=experts.why_rounds(args) is not None,
         static_degree=args.flexsp_static_degree,
         degrees=_degrees(args, domain_size, cost_model),
         cost_model=cost_model,
@@ -332,6 +334,19 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         pipeline_stages=pipeline_size,
         micro_batches_in_flight=in_flight,
     )
+
+
+def _schedule(args: argparse.Namespace) -> str:
+    """The schedule asked for, or the fastest one that the job's parallelism allows."""
+    reason = experts.why_rounds(args)
+    if args.flexsp_schedule in ("nested", "batch-adaptive") and reason is not None:
+        raise FlexSPError(
+            f"--flexsp-schedule {args.flexsp_schedule}: {reason}, and its ranks run different numbers of them. Set "
+            "auto or lockstep"
+        )
+    if args.flexsp_schedule != "auto":
+        return str(args.flexsp_schedule)
+    return "nested" if reason is None else "lockstep"
 
 
 def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel | None) -> tuple[int, ...]:

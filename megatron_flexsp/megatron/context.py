@@ -115,8 +115,13 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         check_block_attention(device, args.params_dtype, args.kv_channels)
     groups.warm_up(device)
     channel = PlanChannel(hosts_group)
-    if settings.schedule != "static":
+    degrees, schedule = settings.degrees, settings.schedule
+    if schedule != "static":
         static_degree = None
+    elif settings.in_rounds:
+        # Ranks may not run different numbers of micro-batches: rounds of one degree.
+        assert static_degree is not None
+        degrees, schedule = (static_degree,), "lockstep"
     request = PlanRequest(
         cost_model,
         settings.domain_size,
@@ -125,9 +130,9 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         count_multiple=settings.count_multiple,
         time_limit_seconds=settings.solver_time_limit_seconds,
         options={
-            "schedule": settings.schedule,
-            "degrees": settings.degrees,
-            "static_degree": static_degree,
+            "schedule": schedule,
+            "degrees": degrees,
+            "static_degree": static_degree if schedule == "static" else None,
             "pipeline_stages": settings.pipeline_stages,
         },
     )

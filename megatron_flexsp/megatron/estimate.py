@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_flexsp.megatron import experts
 from megatron_flexsp.planner import CostModel
 
 # Operations a second that training reaches on a device, not its peak.
@@ -53,8 +54,13 @@ def estimate_cost_model(
     bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
 
     attention_weights = width * (2 * query_width + 2 * key_value_width)
-    mlp_weights = (3 if args.swiglu else 2) * width * args.ffn_hidden_size
-    weights = (layers * (attention_weights + mlp_weights) + width * vocabulary) / tensor_size
+    matrices = 3 if args.swiglu else 2
+    routed_layers = experts.routed_layers(args) / args.num_layers * layers
+    dense_weights = (layers - routed_layers) * matrices * width * args.ffn_hidden_size
+    # What a token meets, and what lies on a rank.
+    met, held = experts.weights_of_layer(args, matrices)
+    weights = (layers * attention_weights + dense_weights + routed_layers * met + width * vocabulary) / tensor_size
+    held_weights = weights + routed_layers * (held - met / tensor_size)
     passes = 4 if args.recompute_granularity == "full" else 3
     linear_operations = 2 * passes * weights
     # Two products of a causal half square, forward; twice that backward.
@@ -65,7 +71,7 @@ def estimate_cost_model(
     shared = tensor_size if args.sequence_parallel or tensor_size == 1 else max(tensor_size / 2, 1)
     activation_bytes = layers * kept_per_layer * width * bytes_per_value / 2 / shared + 6 * vocabulary / tensor_size
     optimizer_bytes = 12 / (args.data_parallel_size if args.use_distributed_optimizer else 1)
-    state_bytes = weights * (6 + optimizer_bytes)
+    state_bytes = held_weights * (6 + optimizer_bytes)
 
     if gpu is None:
         flops, layer_seconds = _CPU_FLOPS, _CPU_LAYER_SECONDS

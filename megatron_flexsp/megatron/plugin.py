@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import arguments, seams
+from megatron_flexsp.megatron import arguments, experts, seams
 from megatron_flexsp.megatron.seams import Seam
 
 
@@ -52,7 +52,7 @@ def _install_training(profiles: bool) -> None:
     # Imported here: a run without --flexsp never loads these.
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    from megatron_flexsp.megatron import packed_attention, profiling, te_attention, training
+    from megatron_flexsp.megatron import packed_attention, profiling, routers, te_attention, training
     from megatron_flexsp.megatron.provenance import check_same_job
 
     run = training.FlexSPTraining()
@@ -65,12 +65,11 @@ def _install_training(profiles: bool) -> None:
                 args.micro_batch_size = 1
             arguments.settings_from_args(args)
             if profiles:
+                experts.check_profile(args)
                 profiling.prepare_arguments(args)
             validated = original(args, defaults or {})
-            # Pipeline stages exchange shapes, and the configuration refuses that with its default
-            # dispatcher even where there are no experts to dispatch to.
-            args.variable_seq_lengths = True
-            args.moe_token_dispatcher_type = "alltoall"
+            args.variable_seq_lengths = True  # pipeline stages exchange shapes
+            args.moe_token_dispatcher_type = experts.token_dispatcher(args)
             args.dataloader_type = "external"  # our iterators are handed through as they are
             settings = arguments.settings_from_args(args)
             if settings.cost_model is not None:
@@ -83,7 +82,7 @@ def _install_training(profiles: bool) -> None:
 
     def print_seams(args: Any) -> None:
         if args.rank == 0:
-            for seam in planned:
+            for seam in [*planned, *(routing if args.num_experts else ())]:
                 print(f" > [flexsp] {seam.target} {seam.reason}", flush=True)
 
     attention_parameters = ("self", "query", "key", "value", "attention_mask", "attn_mask_type", "attention_bias")
@@ -159,8 +158,15 @@ def _install_training(profiles: bool) -> None:
                 "attends over packs, on the pack's own group",
             )
         )
+    routing = routers.seams()
     called = [
         Seam("megatron.training.training:update_seqlen_stats_from_cu_seqlens", ("cu_seqlens",), None, "counts FLOPs"),
         Seam("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", (), None, "is asked"),
+        Seam(
+            "megatron.core.transformer.moe.router:TopKRouter.attach_and_log_load_balancing_loss",
+            ("self", "activation", "aux_loss_coeff", "aux_loss", "aux_loss_name", "reduce_group", "valid_token_count"),
+            None,
+            "takes a part of a balancing loss",
+        ),
     ]
-    seams.install([*planned, *called])
+    seams.install([*planned, *routing, *called])

@@ -38,6 +38,7 @@ from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetC
 from megatron_flexsp.megatron.drift import DriftWatch, profile_command
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
+from megatron_flexsp.megatron.routers import RoutedPack, check_routers, routed
 from megatron_flexsp.megatron.step_log import log_step
 from megatron_flexsp.megatron.tracing import Tracer
 from megatron_flexsp.planner import Plan
@@ -57,6 +58,7 @@ class FlexSPTraining:
         self._tracer: Tracer | None = None
         self._drift: DriftWatch | None = None
         self._background: Background | None = None
+        self._batch_tokens = 0
         self._checked_models: set[Any] = set()
 
     def configure(self, settings: Settings) -> None:
@@ -131,6 +133,7 @@ class FlexSPTraining:
             tracer = None if forward_only else self._tracer
         if tracer is not None:
             tracer.begin(get_args().curr_iteration + 1, batch)
+        self._batch_tokens = int(batch.lengths.sum())
         micro_batches = batch.micro_batches
         result = schedule(
             data_iterator=iter(micro_batches) if chunks is None else [iter(micro_batches) for _ in range(chunks)],
@@ -165,6 +168,7 @@ class FlexSPTraining:
         """Run the model on the next micro-batch; the script's own loss function follows."""
         if model not in self._checked_models:
             _check_attention(model)
+            check_routers(model)
             self._checked_models.add(model)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
@@ -176,7 +180,9 @@ class FlexSPTraining:
         ring = None if item.ring is None else item.ring.with_table(_on_device(item.ring.table))
         params = FlexSPPackedSeqParams.of(item.layout, group, positions, cu_seqlens, ring)
         timers("batch-generator").stop()
-        with nullcontext() if self._tracer is None else self._tracer.forward(item):
+        micro_batches_expected = num_microbatches_calculator.get_num_microbatches()
+        pack = RoutedPack(params, self._batch_tokens, self._settings.domain_size, micro_batches_expected)
+        with routed(pack), nullcontext() if self._tracer is None else self._tracer.forward(item):
             output = model(
                 None if tokens is None else tokens.unsqueeze(0),
                 positions.unsqueeze(0),

@@ -1,6 +1,7 @@
 """A training script for tests: scripts/pretrain_gpt.py with prescribed plans, gradients saved, nothing else.
 
-FLEXSP_TEST_PLAN names the micro-batches, such as ``[0123] [01] [2] [3]``; sequences are dealt to them in turn.
+FLEXSP_TEST_PLAN names the micro-batches, such as ``[0123] [01] [2] [3]``; sequences are dealt to them in turn, or
+stand beside each: ``[01]:4,5``. A filler has none: ``[0]:``.
 """
 
 import itertools
@@ -22,14 +23,18 @@ class PrescribedPlans:
 
     def __init__(self, request: PlanRequest) -> None:
         self._request = request
-        self._blocks = [[int(rank) for rank in word.strip("[]")] for word in os.environ["FLEXSP_TEST_PLAN"].split()]
+        words = [word.partition(":") for word in os.environ["FLEXSP_TEST_PLAN"].split()]
+        self._blocks = [[int(rank) for rank in block.strip("[]")] for block, _, _ in words]
+        self._held = [[int(number) for number in held.split(",") if number] for _, _, held in words]
+        self._is_dealt = [not colon for _, colon, _ in words]
 
     def submit(self, lengths: np.ndarray) -> np.ndarray:
         return lengths
 
     def result(self, lengths: np.ndarray) -> Plan:
-        sequences: list[list[int]] = [[] for _ in self._blocks]
-        for position, target in zip(range(len(lengths)), itertools.cycle(sequences), strict=False):
+        sequences = [list(held) for held in self._held]
+        dealt = list(itertools.compress(sequences, self._is_dealt))
+        for position, target in zip(range(len(lengths)), itertools.cycle(dealt), strict=False):
             target.append(position)
         micro_batches = tuple(
             MicroBatch(block[0], len(block), tuple(held)) for block, held in zip(self._blocks, sequences, strict=True)

@@ -13,6 +13,7 @@ from megatron_flexsp import cpu
 cpu.install()
 
 import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
 from megatron.training import arguments, get_args, training  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
@@ -34,7 +35,9 @@ spec.loader.exec_module(script)
 
 
 def one_by_one(dataset: DocumentDataset) -> Any:
-    for sample in range(len(dataset)):
+    # More than one data-parallel rank only where experts, or a loss, want several.
+    ranks = parallel_state.get_data_parallel_world_size()
+    for sample in range(parallel_state.get_data_parallel_rank(), len(dataset), ranks):
         text = torch.from_numpy(dataset[sample]["text"].astype("int64"))
         yield {
             "tokens": text[None, :-1],

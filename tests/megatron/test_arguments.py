@@ -51,8 +51,6 @@ class TestCompatibility:
             ("--hybrid-override-pattern M*M*", "Mamba and hybrid layers"),
             ("--use-torch-fsdp2", "--use-torch-fsdp2"),
             ("--use-megatron-fsdp", "--use-megatron-fsdp"),
-            ("--num-experts 4", "--num-experts"),
-            ("--expert-model-parallel-size 2", "--expert-model-parallel-size"),
             ("--attention-dropout 0.1", "--attention-dropout other than 0"),
             ("--hidden-dropout 0.1", "--hidden-dropout other than 0"),
             ("--transformer-impl inference_optimized", "--transformer-impl inference_optimized"),
@@ -91,7 +89,7 @@ class TestCompatibility:
 
     def test_all_reasons_come_at_once(self, parse: Parse) -> None:
         with pytest.raises(FlexSPError) as refusal:
-            check_compatibility(parse("--context-parallel-size 2 --mtp-num-layers 1 --num-experts 4"))
+            check_compatibility(parse("--context-parallel-size 2 --mtp-num-layers 1 --window-size 4,0"))
         assert str(refusal.value).count("\n  - ") == 3
 
 
