@@ -366,8 +366,8 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
     rings = [degree for degree in asked if ring_size_of(degree, heads) > 1]
     if rings and (getattr(args, "window_size", None) or getattr(args, "softmax_type", "vanilla") != "vanilla"):
         raise FlexSPError(
-            f"{flag}: groups of {', '.join(map(str, rings))} ranks share {heads} attention heads by ring attention, which "
-            "has no --window-size and only --softmax-type vanilla. Ask for divisors of the heads"
+            f"{flag}: groups of {', '.join(map(str, rings))} ranks share {heads} attention heads by ring attention, "
+            "which has no --window-size and only --softmax-type vanilla. Ask for divisors of the heads"
         )
     for degree in asked:
         if degree not in legal:
