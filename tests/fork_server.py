@@ -70,6 +70,8 @@ def _become_rank(rank: int, job: dict[str, Any], port_reader: int) -> None:
         opened = os.open(path, flags)
         os.dup2(opened, descriptor)
         os.close(opened)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True, write_through=False)  # ranks share a file; a line is written whole
     port = os.read(port_reader, _PORT_DIGITS)
     os.close(port_reader)
     if not port:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+_SECONDS_TO_END = 5.0
+
+_Call = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
+
 
 class Background:
     """Runs calls in the order in which they were given.
 
     An executor of ``concurrent.futures`` would do, but for one thing: Python waits for its threads at exit, and a
-    call that is collective may wait for a rank that has failed. This thread is left behind.
+    call that is collective may wait for a rank that has failed. This thread is waited for a moment only.
 
     Parameters
     ----------
@@ -24,9 +29,12 @@ class Background:
     """
 
     def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._begin = begin
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+        # A thread that is still there when Python takes itself down can bring the process down with it.
+        atexit.register(self._end)
 
     def submit[T](self, call: Callable[..., T], *args: Any) -> Future[T]:
         """Call ``call(*args)`` when all before it have returned; the future gets what it returns or raises."""
@@ -42,12 +50,16 @@ class Background:
 
     def _run(self) -> None:
         self._begin()
-        while True:
-            future, call, args = self._calls.get()
+        while (next_call := self._calls.get()) is not None:
+            future, call, args = next_call
             try:
                 result = call(*args)
             except BaseException as error:
                 future.set_exception(error)
             else:
                 future.set_result(result)
-            del future, call, args  # or they would live until the next call
+            del next_call, future, call, args  # or they would live until the next call
+
+    def _end(self) -> None:
+        self._calls.put(None)
+        self._thread.join(_SECONDS_TO_END)

@@ -56,13 +56,15 @@ def batches(channel: PlanChannel, rank: int, longest: int) -> list[Any]:
     reader = SliceReader(source, rank, slice_multiple=1, reads_tokens=True, gpu=None)
     seen: list[Any] = []
     coming = batches_from(0, 14, lambda consumed: 4)
-    planned = PlannedBatches(source, reader, channel, coming, planner, 2, Background("batches"))
+    background = Background("batches")
+    planned = PlannedBatches(source, reader, channel, coming, planner, 2, background)
     try:
         for batch in planned:
             tokens = [[] if item.tokens is None else item.tokens.tolist() for item in batch.micro_batches]
             seen.append([batch.lengths.tolist(), batch.plan.digest(), tokens])
     except FlexSPError as error:
         seen.append(str(error))
+    background.finish(limit_seconds=30)  # from here on the channel is used in this thread
     if planner is not None:
         planner.close()
     return seen
