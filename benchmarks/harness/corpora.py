@@ -16,7 +16,7 @@ from megatron_flexsp.prepare import DatasetSummary, Record, StandardLibrary, wri
 QUANTILES = ROOT / "configs" / "wikipedia_length_quantiles.txt"
 _SEED = 1234
 _DOCUMENTS = 20_000
-_WEB_MEAN_TOKENS, _WEB_SIGMA = 300, 1.2
+_WEB_SIGMA = 1.2
 _WIKIPEDIA_SHARE = 4
 """Articles are cut to one part in so many: the longest that 2 cores bear is 4,096 tokens."""
 
@@ -49,13 +49,13 @@ def source_files(documents_per_step: int) -> Corpus:
     return Corpus("files", title, lambda: iter(StandardLibrary()), documents_per_step)
 
 
-def web_lengths(documents_per_step: int) -> Corpus:
+def web_lengths(documents_per_step: int, mean_tokens: int = 300, longest_tokens: int = CONTEXT_TOKENS) -> Corpus:
     """Lognormal lengths, most of them short."""
 
     def lengths() -> Lengths:
         generator = np.random.default_rng(_SEED)
-        draws = generator.lognormal(np.log(_WEB_MEAN_TOKENS) - _WEB_SIGMA**2 / 2, _WEB_SIGMA, _DOCUMENTS)
-        return np.clip(np.rint(draws), 16, CONTEXT_TOKENS).astype(np.int64)
+        draws = generator.lognormal(np.log(mean_tokens) - _WEB_SIGMA**2 / 2, _WEB_SIGMA, _DOCUMENTS)
+        return np.clip(np.rint(draws), 16, longest_tokens).astype(np.int64)
 
     title = "The same text, cut to web-like lengths"
     return Corpus("web_lengths", title, lambda: cut(lengths()), documents_per_step)

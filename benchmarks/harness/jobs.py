@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness.hosts import Host
+from benchmarks.harness.model import RANKS, ROOT
 from megatron_flexsp.errors import FlexSPError
 
+RUN = ("-m", "megatron_flexsp.run", "--cpu")
 SCRIPT = Path(__file__).with_name("train.py")
 START_SECONDS, STEP_SECONDS = 300.0, 600.0
 """The longest that a job may take to start, and for a step."""
@@ -42,8 +44,8 @@ class Job:
         The schedules among which the steps alternate; none for the one that the arguments name.
     turns
         A store through which its steps are given their turns; without it they follow each other.
-    environment
-        Added to this process's own.
+    profiled_step
+        The step that rank 0 runs under PyTorch's profiler, counted from 0.
     """
 
     def __init__(
@@ -55,11 +57,12 @@ class Job:
         *,
         schedules: Sequence[str] = (),
         turns: torch.distributed.TCPStore | None = None,
-        environment: Mapping[str, str] | None = None,
+        profiled_step: int | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.log = folder / f"{name}.log"
+        self.trace = folder / f"{name}.trace.json"
         self.steps: list[dict[str, Any]] = []
         """What the steps reported, so far as it was asked for."""
         self._report = folder / f"{name}.steps.jsonl"
@@ -69,26 +72,21 @@ class Job:
         instructions = {
             "report": str(self._report.resolve()),
             "schedules": list(schedules),
+            "ranks_per_host": RANKS // 2,
+            "profiled_step": profiled_step,
+            "trace": str(self.trace.resolve()),
             "turns": None if turns is None else {"port": turns.port, "job": name},
         }
         self._processes: list[subprocess.Popen[bytes]] = []
         with self.log.open("wb") as log:
             for number, host in enumerate(hosts):
-                command = [*host.prefix, *_torchrun(hosts, number), str(SCRIPT), *arguments]
+                command = [*host.prefix, *torchrun(hosts, number), *RUN, str(SCRIPT), *arguments]
                 log.write((" ".join(command) + "\n\n").encode())
                 log.flush()
                 self._processes.append(
                     subprocess.Popen(
                         command,
-                        env={
-                            **os.environ,
-                            "FLEXSP_MEASURE": json.dumps(instructions),
-                            "GLOO_SOCKET_IFNAME": host.interface,
-                            "OMP_NUM_THREADS": "1",
-                            "PYTHONUNBUFFERED": "1",
-                            "PYTHONWARNINGS": "ignore",
-                            **(environment or {}),
-                        },
+                        env={**environment(host), "FLEXSP_MEASURE": json.dumps(instructions)},
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=subprocess.STDOUT,
@@ -99,10 +97,10 @@ class Job:
         """Wait until the job is about to train; returns what it says of itself."""
         return self._next_report(START_SECONDS)
 
-    def run_step(self, number: int) -> dict[str, Any]:
-        """Give the job its turn, if it waits for one, and wait until the step is done."""
+    def run_step(self) -> dict[str, Any]:
+        """Give the job its turn, if it waits for one, and wait until its next step is done."""
         if self._turns is not None:
-            self._turns.set(f"{self.name}/turn/{number}", "")
+            self._turns.set(f"{self.name}/turn/{len(self.steps)}", "")
         self.steps.append(self._next_report(STEP_SECONDS))
         return self.steps[-1]
 
@@ -146,8 +144,21 @@ class Job:
             time.sleep(0.02)
 
 
-def _torchrun(hosts: Sequence[Host], number: int) -> Iterator[str]:
-    """The launcher's command on one of the hosts, up to the training script."""
+def environment(host: Host) -> dict[str, str]:
+    """Of ranks on this host."""
+    return {
+        **os.environ,
+        # Gloo otherwise looks up the host's own name, which not every machine can resolve.
+        "GLOO_SOCKET_IFNAME": host.interface,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+
+
+def torchrun(hosts: Sequence[Host], number: int) -> Iterator[str]:
+    """The launcher's command on one of the hosts, up to what it is to run."""
     host = hosts[number]
     yield from (sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={host.ranks}")
     if len(hosts) == 1:
@@ -156,4 +167,3 @@ def _torchrun(hosts: Sequence[Host], number: int) -> Iterator[str]:
     else:
         yield from (f"--nnodes={len(hosts)}", f"--node-rank={number}")
         yield from (f"--master-addr={hosts[0].address}", f"--master-port={_PORT}", f"--local-addr={host.address}")
-    yield from ("-m", "megatron_flexsp.run", "--cpu")

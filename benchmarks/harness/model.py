@@ -1,6 +1,5 @@
 """The small model that quickstart and benchmarks train, and how: Megatron's own flags."""
 
-import sys
 from pathlib import Path
 
 from megatron_flexsp.prepare import MEGATRON_TOKENIZER_ARGUMENTS
@@ -22,18 +21,18 @@ _TRAINING = """
 """
 
 
-def training_arguments(
-    prefix: Path, documents_per_step: int, steps: int, *, tokens_per_rank: int = TOKENS_PER_RANK
-) -> list[str]:
-    """Megatron's and FlexSP's flags for a run on the data set of this prefix; the schedule is still to be added."""
+def training_arguments(prefix: Path, documents_per_step: int, steps: int) -> list[str]:
+    """Megatron's flags for a run on the data set of this prefix."""
     return [
         *(*_MODEL.split(), *_TRAINING.split(), "--data-path", str(prefix), *MEGATRON_TOKENIZER_ARGUMENTS),
         *("--seq-length", str(CONTEXT_TOKENS), "--max-position-embeddings", str(CONTEXT_TOKENS)),
         *("--global-batch-size", str(documents_per_step), "--train-iters", str(steps)),
-        *("--flexsp", "--flexsp-overlong", "drop", "--flexsp-max-tokens-per-rank", str(tokens_per_rank)),
     ]
 
 
-def launcher(*arguments: str) -> list[str]:
-    """Python, with what it is to run."""
-    return [sys.executable, *arguments]
+def flexsp_arguments(schedule: str) -> list[str]:
+    """FlexSP's."""
+    return [
+        *("--flexsp", "--flexsp-schedule", schedule, "--flexsp-overlong", "drop"),
+        *("--flexsp-max-tokens-per-rank", str(TOKENS_PER_RANK)),
+    ]

@@ -5,9 +5,11 @@ JSON for each. What to do comes from ``jobs.py`` in FLEXSP_MEASURE:
 
 * ``schedules``: every batch is trained under each of these schedules, one after the other. It is one job, so they
   differ in their plans and in nothing else. Plans are made between the steps.
+* ``profiled_step``: rank 0 runs this one under PyTorch's profiler and writes the trace.
 * ``turns``: rank 0 waits for its turn before each step, so that two jobs can be measured side by side.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -28,6 +30,7 @@ from megatron_flexsp.megatron import context as flexsp_context
 from megatron_flexsp.megatron import training as flexsp_training
 from megatron_flexsp.megatron.batches import PlannedBatch
 from megatron_flexsp.megatron.context import Context
+from megatron_flexsp.megatron.step_log import log_step
 from megatron_flexsp.planner import Plan, micro_batch_seconds, padding_share
 from megatron_flexsp.planner.service import PendingPlan, PlanningService, PlanRequest
 
@@ -40,12 +43,13 @@ class ExchangeMeter:
     """Stands in for ``all_to_all_single`` and counts what passes."""
 
     exchange: Callable[..., Any]
+    ranks_per_host: int
     seconds: float = 0.0
     """From call to return: bytes on their way, and waiting for the other ranks."""
     cpu_seconds: float = 0.0
     """What this process, its communication thread included, computed meanwhile."""
     link_bytes: float = 0.0
-    """Sent to ranks of other hosts."""
+    """Sent to ranks of other hosts, or of what would be one."""
     _link_shares: dict[Any, float] = field(default_factory=dict)
 
     def reset(self) -> None:
@@ -63,9 +67,9 @@ class ExchangeMeter:
     def _link_share(self, group: Any) -> float:
         """The share of the group's ranks that are on another host."""
         if group not in self._link_shares:
-            host_size = int(os.environ["LOCAL_WORLD_SIZE"])
             ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-            elsewhere = sum(rank // host_size != dist.get_rank() // host_size for rank in ranks)
+            here = dist.get_rank() // self.ranks_per_host
+            elsewhere = sum(rank // self.ranks_per_host != here for rank in ranks)
             self._link_shares[group] = elsewhere / len(ranks)
         return self._link_shares[group]
 
@@ -124,6 +128,9 @@ class MeasuredSteps:
         self._meter = meter
         self._batches: list[tuple[Context, PlannedBatch]] = []
         self._planner: AlternatingPlanner | None = None
+        self._profiled_step: int | None = instructions["profiled_step"]
+        self._trace: str = instructions["trace"]
+        self._profile: torch.profiler.profile | None = None
         self._is_ready = False
         self._turns: torch.distributed.TCPStore | None = None
         if instructions["turns"] is not None and int(os.environ["RANK"]) == 0:
@@ -131,8 +138,9 @@ class MeasuredSteps:
             self._turns = torch.distributed.TCPStore("127.0.0.1", instructions["turns"]["port"], timeout=LONGEST_WAIT)
 
     def note_batch(self, context: Context, batch: PlannedBatch) -> None:
-        """Takes the place of the plugin's log line: keeps the step's batch."""
+        """Keep the step's batch, and log it as ever."""
         self._batches.append((context, batch))
+        log_step(context, batch)
 
     def make_planner(self, request: PlanRequest) -> AlternatingPlanner:
         """Takes the place of the plugin's planning service."""
@@ -153,10 +161,14 @@ class MeasuredSteps:
             self._meter.reset()
             dist.barrier()
             sent, started, cpu_started = bytes_sent(), time.perf_counter(), time.process_time()
-            result = train_step(*args, **kwargs)
+            with self._profiler(number):
+                result = train_step(*args, **kwargs)
             busy_seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
             dist.barrier()
             seconds = time.perf_counter() - started
+            if self._profile is not None:
+                self._profile.export_chrome_trace(self._trace)
+                self._profile = None
             context, batch = self._batches.pop()
             ranks = gathered(
                 busy_seconds=busy_seconds,
@@ -178,6 +190,17 @@ class MeasuredSteps:
             return result
 
         return step
+
+    @contextlib.contextmanager
+    def _profiler(self, number: int) -> Iterator[None]:
+        """Around a step; does something on rank 0 and in the step that is asked for."""
+        if dist.get_rank() != 0 or number != self._profiled_step:
+            yield
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, with_stack=True) as profile:
+            yield
+        self._profile = profile
 
     def _wait_for_turn(self, number: int) -> None:
         """Until plans are made and the turn has come; the other ranks wait in the barrier that follows."""
@@ -229,7 +252,8 @@ def described(context: Context, batch: PlannedBatch) -> dict[str, Any]:
 def main() -> None:
     """Put the measuring in place and run the script."""
     instructions = json.loads(os.environ["FLEXSP_MEASURE"])
-    dist.all_to_all_single = meter = ExchangeMeter(dist.all_to_all_single)  # type: ignore[assignment]
+    meter = ExchangeMeter(dist.all_to_all_single, instructions["ranks_per_host"])
+    dist.all_to_all_single = meter  # type: ignore[assignment]
     steps = MeasuredSteps(instructions, meter)
     if instructions["schedules"]:
         flexsp_context.PlanningService = steps.make_planner  # type: ignore[assignment,misc]
