@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness.corpora import Corpus, source_files, wikipedia_lengths
 from benchmarks.harness.hosts import EmulatedHosts, Host, why_not
-from benchmarks.harness.jobs import Job
+from benchmarks.harness.jobs import RUN, Job, run_to_end
 from benchmarks.harness.model import RANKS, ROOT, flexsp_arguments, training_arguments
 from benchmarks.harness.summary import Summary
 from megatron_flexsp.errors import FlexSPError
@@ -38,6 +38,7 @@ from megatron_flexsp.planner import CostModel
 SCHEDULES = ("static", "batch-adaptive", "lockstep", "nested")
 LINK_TO_COMPUTE = (1.1, 2.3)
 RANKS_PER_HOST = RANKS // 2
+PROFILE_SECONDS = 30
 _TCP_SHARE = 0.94
 """Of what the link carries, the part that is not headers."""
 
@@ -99,7 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for name in options.mixes:
         corpus = mixes[name]
-        summaries, cost_model = run(corpus, LOOPBACK, options.cost_model)
+        loopback = options.cost_model
+        if loopback is None and not options.quick:
+            loopback = profiled(corpus, options)
+        summaries, cost_model = run(corpus, LOOPBACK, loopback)
         if name == "wikipedia" and options.link_to_compute:
             reason = why_not()
             if reason is not None:
@@ -127,8 +131,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "compute; none at all leaves them out",
     )
     parser.add_argument("--lengths", type=Path, help="lengths of Wikipedia's articles, one on each line")
-    parser.add_argument("--cost-model", type=CostModel.load, help="measured over loopback, with --flexsp-profile")
-    parser.add_argument("--quick", action="store_true", help="2 batches of 16 documents")
+    parser.add_argument("--cost-model", type=CostModel.load, help="measured over loopback; default: measures one")
+    parser.add_argument("--quick", action="store_true", help="2 batches of 16 documents, planned by an estimate")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "runs" / "cpu_throughput", help="where logs and figures go"
     )
@@ -142,6 +146,18 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if any(not ratio > 0 for ratio in options.link_to_compute):
         parser.error("--link-to-compute must be above 0")
     return options
+
+
+def profiled(corpus: Corpus, options: argparse.Namespace) -> CostModel:
+    """Measure the costs of this job on this machine, as a user would before training."""
+    console.print(f"measuring a cost model: {corpus.title} ...")
+    prefix, _ = corpus.prepare(options.output)
+    path = options.output / f"{corpus.name}.cost_model.json"
+    job = [*training_arguments(prefix, corpus.documents_per_step, 2), *flexsp_arguments("nested")]
+    profile = ("--flexsp-profile", str(path), "--flexsp-profile-seconds", str(PROFILE_SECONDS))
+    log = options.output / f"{corpus.name}_profile.log"
+    run_to_end(Host(RANKS), [*RUN, str(ROOT / "scripts" / "pretrain_gpt.py"), *job, *profile], log)
+    return CostModel.load(path)
 
 
 def measure(

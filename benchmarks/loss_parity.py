@@ -10,7 +10,6 @@ the plugin in place. Losses are those that Megatron prints, with 7 digits.
 
 import argparse
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.harness.corpora import web_lengths
 from benchmarks.harness.hosts import Host
-from benchmarks.harness.jobs import RUN, environment, torchrun
+from benchmarks.harness.jobs import RUN, run_to_end
 from benchmarks.harness.model import ROOT, training_arguments
 from megatron_flexsp.errors import FlexSPError
 
@@ -40,7 +39,6 @@ _SMALL = f"""
 """
 _STEP = re.compile(r"iteration +\d+/.*?elapsed time per iteration \(ms\): ([0-9.]+).*? lm loss: ([0-9.E+-]+) ")
 _WAITS = re.compile(r"waited for plan \(ms\): ([0-9.]+) \| waited for data \(ms\): ([0-9.]+)")
-_LONGEST_SECONDS = 3600
 _START_UP_STEPS = 2
 """Steps whose plans wait for the planning process to start."""
 
@@ -94,25 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, ranks: int, words: Sequence[str], output: Path) -> Run:
-    """Train to the end; what is printed goes to a log too."""
-    host = Host(ranks)
+    """Train to the end."""
     console.print(f"training: {name} ...")
-    log = output / f"{name.replace(' ', '_')}.log"
-    with log.open("w") as stream:
-        done = subprocess.run(
-            [*torchrun((host,), 0), *words],
-            env=environment(host),
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            timeout=_LONGEST_SECONDS,
-            check=False,
-        )
-    text = log.read_text(errors="replace")
-    if done.returncode:
-        last_lines = "\n".join(text.splitlines()[-25:])
-        raise FlexSPError(f"the run {name!r} failed; the end of {log}:\n{last_lines}")
-    return Run(text)
+    return Run(run_to_end(Host(ranks), words, output / f"{name.replace(' ', '_')}.log"))
 
 
 def tabulated_losses(runs: dict[str, Run]) -> Table:

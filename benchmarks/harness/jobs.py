@@ -22,7 +22,7 @@ RUN = ("-m", "megatron_flexsp.run", "--cpu")
 SCRIPT = Path(__file__).with_name("train.py")
 START_SECONDS, STEP_SECONDS = 300.0, 600.0
 """The longest that a job may take to start, and for a step."""
-END_SECONDS = 60.0
+END_SECONDS, RUN_SECONDS = 60.0, 3600.0
 _QUOTED_LINES = 25
 _PORT = 29511
 
@@ -116,15 +116,8 @@ class Job:
                 self.stop()
 
     def stop(self) -> None:
-        """End the job and its ranks: torchrun passes the signal on."""
-        running = [process for process in self._processes if process.poll() is None]
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-        for process in running:
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        """End the job if it still runs."""
+        _end(self._processes)
 
     def _next_report(self, limit_seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + limit_seconds
@@ -138,10 +131,36 @@ class Job:
                 said: dict[str, Any] = json.loads(line)
                 return said
             if has_ended or time.monotonic() > deadline:
-                last_lines = "\n".join(self.log.read_text(errors="replace").splitlines()[-_QUOTED_LINES:])
                 reason = "ended early" if has_ended else f"took longer than {limit_seconds:.0f} s"
-                raise FlexSPError(f"the job {self.name} {reason}; the end of {self.log}:\n{last_lines}")
+                raise FlexSPError(f"the job {self.name} {reason}; {_end_of(self.log)}")
             time.sleep(0.02)
+
+
+def run_to_end(host: Host, words: Sequence[str], log: Path) -> str:
+    """Run a script under torchrun on one host; returns what it printed, which goes to the log too.
+
+    Raises
+    ------
+    FlexSPError
+        If it fails, with the end of the log.
+    """
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [*torchrun((host,), 0), *words],
+            env=environment(host),
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            process.wait(timeout=RUN_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise FlexSPError(f"a run took longer than {RUN_SECONDS:.0f} s; {_end_of(log)}") from None
+        finally:
+            _end([process])
+    if process.returncode:
+        raise FlexSPError(f"a run failed; {_end_of(log)}")
+    return log.read_text(errors="replace")
 
 
 def environment(host: Host) -> dict[str, str]:
@@ -167,3 +186,20 @@ def torchrun(hosts: Sequence[Host], number: int) -> Iterator[str]:
     else:
         yield from (f"--nnodes={len(hosts)}", f"--node-rank={number}")
         yield from (f"--master-addr={hosts[0].address}", f"--master-port={_PORT}", f"--local-addr={host.address}")
+
+
+def _end(launchers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End those that still run, and their ranks: torchrun passes the signal on."""
+    running = [process for process in launchers if process.poll() is None]
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    for process in running:
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def _end_of(log: Path) -> str:
+    last_lines = "\n".join(log.read_text(errors="replace").splitlines()[-_QUOTED_LINES:])
+    return f"the end of {log}:\n{last_lines}"

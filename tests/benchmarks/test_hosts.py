@@ -9,13 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 from benchmarks.harness import hosts
 from benchmarks.harness.hosts import EmulatedHosts
 from megatron_flexsp.errors import FlexSPError
 
+ROOT = Path(__file__).resolve().parents[2]
 SENT_BYTES = 1_000_000
 RECEIVER = """
 import socket, time
@@ -42,7 +40,8 @@ with EmulatedHosts(1) as pair:
     time.sleep(60)
 """
 
-emulates_hosts = pytest.mark.skipif(hosts.why_not() is not None, reason=f"no emulated hosts: {hosts.why_not()}")
+REASON = hosts.why_not()
+emulates_hosts = pytest.mark.skipif(REASON is not None, reason=f"no emulated hosts: {REASON}")
 
 
 def sleepers() -> list[psutil.Process]:
