@@ -30,7 +30,7 @@ class Summary:
     @property
     def predicted_tokens_per_second(self) -> float:
         """As the plans foresaw."""
-        return float(self._tokens / sum(step["plan"]["predicted_seconds"] for step in self._steps))
+        return float(self._tokens / sum(step["predicted_seconds"] for step in self._steps))
 
     @property
     def padding_share(self) -> float:

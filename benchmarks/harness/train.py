@@ -244,6 +244,7 @@ def described(context: Context, batch: PlannedBatch) -> dict[str, Any]:
         "tokens": int(lengths.sum()),
         "lengths": lengths.tolist(),
         "padding_share": padding_share(plan, lengths, context.settings.slice_multiple),
+        "predicted_seconds": plan.predicted_seconds + context.cost_model.step_overhead_seconds,
         "plan": json.loads(plan.to_json()),
         "micro_batch_seconds": micro_batch_seconds(plan, lengths, context.cost_model).tolist(),
     }
