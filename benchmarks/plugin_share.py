@@ -4,7 +4,9 @@
 
 Rank 0 of a nested run records one step with PyTorch's profiler, Python calls included. A frame's own time is what it
 takes less the frames, PyTorch operations and built-in functions that it calls, so kernels and all-to-alls do not count.
-Recording slows Python down; against a step that is not recorded the share is therefore an upper bound.
+Calls on all threads count, but only those that begin within the step: the thread that waits for the planning process
+was in its call before, and a wait is no work. Recording slows Python down; against a step that is not recorded the
+share is therefore an upper bound.
 """
 
 import argparse
@@ -57,19 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job.finish()
     finally:
         job.stop()
-    own = own_seconds(json.loads(job.trace.read_text())["traceEvents"])
+    own = own_seconds(calls_of_step(json.loads(job.trace.read_text())["traceEvents"]))
     usual_seconds = statistics.mean(step["seconds"] for step in job.steps[1:recorded])
     console.print(tabulated(own, usual_seconds, job.steps[recorded]["seconds"], options.rows))
     console.print(f"the whole trace, for https://ui.perfetto.dev: {job.trace}")
     return 0
 
 
+def calls_of_step(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The calls and operations, on all threads, that begin within Megatron's ``train_step``."""
+    calls = [event for event in events if event.get("ph") == "X" and event.get("cat") in _CATEGORIES]
+    steps = [event for event in calls if event["name"].endswith(": train_step")]
+    if not steps:
+        raise FlexSPError("the trace holds no call of train_step: PyTorch recorded no Python calls")
+    return [event for event in calls if event["ts"] >= steps[0]["ts"]]
+
+
 def own_seconds(events: Iterable[dict[str, Any]]) -> Counter[str]:
-    """Each frame's own time, by its name, out of a trace's nested events."""
+    """Each frame's own time, by its name, out of nested calls."""
     by_thread: dict[Any, list[dict[str, Any]]] = {}
     for event in events:
-        if event.get("ph") == "X" and event.get("cat") in _CATEGORIES:
-            by_thread.setdefault(event["tid"], []).append(event)
+        by_thread.setdefault(event["tid"], []).append(event)
     own: Counter[str] = Counter()
     for thread in by_thread.values():
         # Outer before inner; whoever is open when an event begins is what it is nested in.

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.cpu_throughput import RANKS_PER_HOST, Setting, slow_links
 from benchmarks.harness.corpora import wikipedia_lengths
 from benchmarks.harness.summary import Summary
-from benchmarks.plugin_share import own_seconds
+from benchmarks.plugin_share import calls_of_step, own_seconds
 from megatron_flexsp.planner import CostModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +60,8 @@ def test_own_time_is_without_what_is_called():
         return {"ph": "X", "cat": "python_function", "tid": thread, "ts": start, "dur": duration, "name": name}
 
     events = [
+        event("waits since before", -50, 500, thread=3),
+        event("training.py(1): train_step", 0, 100),
         event("outer", 0, 100),
         event("first", 10, 20),
         event("inner", 15, 5),
@@ -67,7 +69,8 @@ def test_own_time_is_without_what_is_called():
         event("first", 90, 10),
         event("elsewhere", 20, 60, thread=2),
     ]
-    own = {name: round(seconds * 1e6) for name, seconds in own_seconds(events).items()}
+    own = {name: round(seconds * 1e6) for name, seconds in own_seconds(calls_of_step(events)).items()}
+    assert own.pop("training.py(1): train_step") == 0
     assert own == {"outer": 40, "first": 25, "inner": 5, "second": 30, "elsewhere": 60}
 
 
