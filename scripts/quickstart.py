@@ -9,15 +9,7 @@ documents as long as those of the web, most of them short.
 
 import argparse
 import json
-import os
-import signal
-import statistics
-import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,151 +19,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.harness.corpora import Corpus, source_files, web_lengths
+from benchmarks.harness.hosts import Host
+from benchmarks.harness.jobs import Job
+from benchmarks.harness.model import RANKS, ROOT, flexsp_arguments, training_arguments
+from benchmarks.harness.summary import Summary
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import Plan
-from megatron_flexsp.prepare import MEGATRON_TOKENIZER_ARGUMENTS, Record, StandardLibrary, write_dataset
 
-ROOT = Path(__file__).resolve().parents[1]
-RANKS = 8
 SCHEDULES = ("static", "nested")
-CONTEXT, TOKENS_PER_RANK = 4096, 512
-"""The longest document needs all 8 ranks."""
-WEB_MEAN_TOKENS, WEB_SIGMA = 300, 1.2
-"""Web-like lengths: lognormal."""
+CORPORA = (source_files(24), web_lengths(64))
 PLAN_WIDTH = 90
 """Characters in which a step is drawn."""
 WARM_UP_STEPS = 1
 LOSS_TOLERANCE = 1e-4
 """Relative; both runs start from the same weights and drift apart by rounding alone."""
-START_SECONDS, STEP_SECONDS = 300, 600
-"""The longest that the quickstart waits for a job to start, and for a step."""
-
-MODEL = """
-    --num-layers 4 --hidden-size 128 --ffn-hidden-size 344 --num-attention-heads 8
-    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
-    --attention-dropout 0 --hidden-dropout 0 --make-vocab-size-divisible-by 8
-"""
-TRAINING = """
-    --micro-batch-size 1 --lr 1e-3 --lr-decay-style constant --calculate-per-token-loss
-    --split 100,0,0 --eval-iters 0 --eval-interval 1000 --log-interval 1
-"""
 
 console = Console()
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What the two jobs train on."""
-
-    name: str
-    title: str
-    documents_per_step: int
-
-
-CORPORA = (
-    Corpus("files", "Source files of Python's standard library, as they are", 24),
-    Corpus("web_lengths", "The same text, cut to web-like lengths", 64),
-)
-
-
-class Job:
-    """One torchrun of Megatron, and what its steps reported."""
-
-    def __init__(
-        self,
-        schedule: str,
-        corpus: Corpus,
-        prefix: Path,
-        options: argparse.Namespace,
-        store: torch.distributed.TCPStore,
-    ) -> None:
-        self.schedule = schedule
-        self.steps: list[dict[str, Any]] = []
-        self.log = options.output / f"{corpus.name}_{schedule}.log"
-        self._name = f"{corpus.name}/{schedule}"
-        self._store = store
-        arguments = [
-            *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"),
-            *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
-            *("-m", "megatron_flexsp.run", "--cpu", str(ROOT / "scripts" / "quickstart_train.py")),
-            *(*MODEL.split(), *TRAINING.split(), "--data-path", str(prefix), *MEGATRON_TOKENIZER_ARGUMENTS),
-            *("--seq-length", str(CONTEXT), "--max-position-embeddings", str(CONTEXT)),
-            *("--global-batch-size", str(corpus.documents_per_step), "--train-iters", str(options.steps)),
-            *("--flexsp", "--flexsp-schedule", schedule, "--flexsp-overlong", "drop"),
-            *("--flexsp-max-tokens-per-rank", str(TOKENS_PER_RANK)),
-        ]
-        environment = {
-            **os.environ,
-            "FLEXSP_QUICKSTART_JOB": self._name,
-            "FLEXSP_QUICKSTART_PORT": str(store.port),
-            "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONWARNINGS": "ignore",
-        }
-        with self.log.open("w") as stream:
-            stream.write(" ".join(arguments) + "\n\n")
-            stream.flush()
-            self._process = subprocess.Popen(
-                arguments, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT
-            )
-
-    def wait_for(self, what: str, limit_seconds: float) -> str:
-        """Wait until the job has set a key; say what its log says if it ends instead."""
-        key, deadline = f"{self._name}/{what}", time.monotonic() + limit_seconds
-        while not self._store.check([key]):
-            ended = self._process.poll() is not None
-            if ended or time.monotonic() > deadline:
-                last_lines = "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
-                reason = "ended early" if ended else f"took longer than {limit_seconds:.0f} s"
-                raise FlexSPError(f"the {self.schedule} run {reason}; the end of {self.log}:\n{last_lines}")
-            time.sleep(0.02)
-        return self._store.get(key).decode()
-
-    def run_step(self, number: int) -> dict[str, Any]:
-        """Give the job its turn and wait until it is done."""
-        self.wait_for(f"ready/{number}", START_SECONDS)
-        self._store.set(f"{self._name}/turn/{number}", "")
-        self.steps.append(json.loads(self.wait_for(f"done/{number}", STEP_SECONDS)))
-        return self.steps[-1]
-
-    def finish(self) -> None:
-        """Let the job end by itself; end it if it doesn't."""
-        self._store.set(f"{self._name}/end", "")
-        try:
-            self._process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            self.stop()
-
-    def stop(self) -> None:
-        """End the job and its ranks: torchrun passes the signal on."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-
-
-@dataclass
-class Summary:
-    """One job's figures over its steps after the warm-up."""
-
-    job: Job
-    tokens_per_second: float = field(init=False)
-    padding_share: float = field(init=False)
-    micro_batches: float = field(init=False)
-    degrees: Counter[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        steps = self.job.steps[WARM_UP_STEPS:]
-        self.tokens_per_second = sum(s["tokens"] for s in steps) / sum(s["seconds"] for s in steps)
-        self.padding_share = statistics.mean(s["padding_share"] for s in steps)
-        self.micro_batches = statistics.mean(len(s["plan"]["micro_batches"]) for s in steps)
-        self.degrees = Counter()
-        for step in steps:
-            for item in step["plan"]["micro_batches"]:
-                self.degrees[item["degree"]] += sum(step["lengths"][k] for k in item["sequences"])
 
 
 def main() -> int:
@@ -195,28 +61,11 @@ def parse_options() -> argparse.Namespace:
 
 def prepare(output: Path) -> None:
     """Make the corpora the first time."""
-    records = {"files": StandardLibrary(), "web_lengths": cut_to_web_lengths()}
     for corpus in CORPORA:
-        prefix = output / corpus.name
-        if prefix.with_suffix(".idx").exists():
-            continue
-        console.print(f"preparing the corpus: {corpus.title} ...", highlight=False)
-        # The index is put there last: a data file without one is the rest of an interrupted run.
-        prefix.with_suffix(".bin").unlink(missing_ok=True)
-        summary = write_dataset(records[corpus.name], prefix)
-        console.print(f"  {summary.documents:,} documents, {summary.tokens:,} tokens", highlight=False)
-
-
-def cut_to_web_lengths() -> Iterator[Record]:
-    """The standard library's text in documents of random length, a few thousand of them."""
-    text = b"".join(record.text for record in StandardLibrary())
-    generator = np.random.default_rng(1234)
-    draws = generator.lognormal(np.log(WEB_MEAN_TOKENS) - WEB_SIGMA**2 / 2, WEB_SIGMA, 20_000)
-    lengths = np.clip(np.rint(draws), 16, CONTEXT).astype(int)
-    begins = generator.permutation(np.concatenate([[0], np.cumsum(lengths)[:-1]]))
-    for begin, length in zip(begins, lengths, strict=True):
-        document = text[begin % len(text) :][:length]
-        yield Record(document, len(document))
+        console.print(f"corpus: {corpus.title} ...", highlight=False)
+        _, summary = corpus.prepare(output)
+        if summary is not None:
+            console.print(f"  {summary.documents:,} documents, {summary.tokens:,} tokens", highlight=False)
 
 
 def compare(corpus: Corpus, options: argparse.Namespace, store: torch.distributed.TCPStore) -> tuple[Job, Job]:
@@ -225,16 +74,19 @@ def compare(corpus: Corpus, options: argparse.Namespace, store: torch.distribute
     jobs: list[Job] = []
     try:
         for schedule in SCHEDULES:
-            jobs.append(Job(schedule, corpus, options.output / corpus.name, options, store))
+            prefix = options.output / corpus.name
+            arguments = training_arguments(prefix, corpus.documents_per_step, options.steps)
+            arguments += flexsp_arguments(schedule)
+            jobs.append(Job(f"{corpus.name}_{schedule}", arguments, options.output, (Host(RANKS),), turns=store))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(f"starting two Megatron jobs of {RANKS} ranks", total=options.steps)
             for job in jobs:
-                job.wait_for("ready/0", START_SECONDS)
+                job.wait_until_ready()
             progress.update(task, description="training")
             for number in range(options.steps):
                 for job in jobs if number % 2 == 0 else reversed(jobs):
-                    job.run_step(number)
+                    job.run_step()
                 progress.console.print(_step_line(number, jobs), highlight=False)
                 progress.advance(task)
         for job in jobs:
@@ -247,7 +99,7 @@ def compare(corpus: Corpus, options: argparse.Namespace, store: torch.distribute
 
 
 def _step_line(number: int, jobs: list[Job]) -> str:
-    times = " | ".join(f"{job.schedule} {job.steps[-1]['seconds']:5.2f} s" for job in jobs)
+    times = " | ".join(f"{job.steps[-1]['schedule']} {job.steps[-1]['seconds']:5.2f} s" for job in jobs)
     return f"step {number + 1:2d} | loss {jobs[-1].steps[-1]['loss']:.4f} | {times}"
 
 
@@ -260,7 +112,10 @@ def report(compared: list[tuple[Corpus, Job, Job]], options: argparse.Namespace)
     result = {
         "speedups": speedups,
         "largest_loss_difference": largest_difference,
-        "steps": {corpus.name: {job.schedule: job.steps for job in jobs} for corpus, *jobs in compared},
+        "steps": {
+            corpus.name: {schedule: job.steps for schedule, job in zip(SCHEDULES, jobs, strict=True)}
+            for corpus, *jobs in compared
+        },
     }
     (options.output / "result.json").write_text(json.dumps(result))
     console.print(f"logs and figures: {options.output}")
@@ -283,21 +138,20 @@ def print_losses(corpus: Corpus, static: Job, nested: Job) -> float:
 
 def print_speeds(corpus: Corpus, static: Job, nested: Job) -> float:
     """What the comparison is about; returns the ratio of the speeds."""
-    both = (Summary(static), Summary(nested))
+    both = [Summary(job.steps[WARM_UP_STEPS:]) for job in (static, nested)]
     speedup = both[1].tokens_per_second / both[0].tokens_per_second
     table = Table("", "static group", "FlexSP nested", title=corpus.title)
     table.add_row("tokens per second", *(f"{summary.tokens_per_second:,.0f}" for summary in both))
     table.add_row("relative speed", "1.00", f"{speedup:.2f}")
     table.add_row("padding share", *(f"{summary.padding_share:.2%}" for summary in both))
     table.add_row("micro-batches a step", *(f"{summary.micro_batches:.1f}" for summary in both))
-    table.add_row("tokens by ranks in their group", *(_shares(summary.degrees) for summary in both))
+    table.add_row("tokens by ranks in their group", *(_shares(summary.tokens_by_degree) for summary in both))
     console.print(table)
     return speedup
 
 
-def _shares(tokens_by_degree: Counter[int]) -> str:
-    total = sum(tokens_by_degree.values())
-    return ", ".join(f"{degree}: {tokens / total:.0%}" for degree, tokens in sorted(tokens_by_degree.items()) if tokens)
+def _shares(tokens_by_degree: dict[int, float]) -> str:
+    return ", ".join(f"{degree}: {share:.0%}" for degree, share in tokens_by_degree.items())
 
 
 def print_plan(corpus: Corpus, step: dict[str, Any]) -> None:
