@@ -97,8 +97,3 @@ def test_throughput_of_four_schedules(tmp_path):
 def test_plugin_share(tmp_path):
     printed = benchmark("plugin_share.py", "--documents-per-step", "8", "--output", str(tmp_path))
     assert "the plugin" in printed
-
-
-def test_loss_parity(tmp_path):
-    printed = benchmark("loss_parity.py", "--steps", "3", "--output", str(tmp_path))
-    assert "nested against one process" in printed
