@@ -143,7 +143,7 @@ class FlexSPTraining:
         )
         if tracer is not None:
             tracer.end()
-        # The device is still at work on this step while the hosts agree on the ones after the next.
+        # Only asks: the thread behind training agrees with the other ranks on the steps after the next.
         batches.prepare()
         return result
 
