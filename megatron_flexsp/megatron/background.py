@@ -30,9 +30,9 @@ class Background:
 
     def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        self._begin = begin
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        self.submit(begin)
         # A thread that is still there when Python takes itself down can bring the process down with it.
         atexit.register(self._end)
 
@@ -49,7 +49,6 @@ class Background:
         done.wait(limit_seconds)
 
     def _run(self) -> None:
-        self._begin()
         while (next_call := self._calls.get()) is not None:
             future, call, args = next_call
             try:
