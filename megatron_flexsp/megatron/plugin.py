@@ -19,15 +19,17 @@ def install(command_line: Sequence[str]) -> None:
     FlexSPError
         If a place that is to be changed is not as expected.
     """
-    seams.install([_flags_seam()])
+    seams.install([flags_seam()])
     profiles = any(word.split("=")[0] == "--flexsp-profile" for word in command_line)
     if "--flexsp" in command_line or profiles:
-        _install_training(profiles)
+        seams.install(training_seams(profiles))
     elif any(word.startswith("--flexsp-") for word in command_line):
         raise FlexSPError("there are --flexsp-... flags but no --flexsp, which switches them on: add it")
 
 
-def _flags_seam() -> Seam:
+def flags_seam() -> Seam:
+    """What every run gets: the flags beside Megatron's own."""
+
     def register(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def parse_args(extra_args_provider: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -47,8 +49,8 @@ def _flags_seam() -> Seam:
     )
 
 
-def _install_training(profiles: bool) -> None:
-    """Everything that changes how a run trains."""
+def training_seams(profiles: bool) -> list[Seam]:
+    """Everything that changes how a run trains. Making the list changes nothing."""
     # Imported here: a run without --flexsp never loads these.
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -169,4 +171,4 @@ def _install_training(profiles: bool) -> None:
             "takes a part of a balancing loss",
         ),
     ]
-    seams.install([*planned, *routing, *called])
+    return [*planned, *routing, *called]
