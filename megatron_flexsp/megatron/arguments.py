@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from megatron_flexsp.compatibility import refusals
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import experts
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
@@ -142,99 +143,6 @@ class Settings:
     """Micro-batches whose activations the first pipeline stage holds at once."""
 
 
-def _refusals(args: argparse.Namespace) -> list[str]:
-    """A message for each of the job's flags that FlexSP can't be combined with yet."""
-    local = args.transformer_impl == "local"
-    given = {
-        "--yaml-cfg: FlexSP reads its flags from the command line; pass Megatron's there too": args.yaml_cfg,
-        "--context-parallel-size > 1: FlexSP forms context-parallel groups itself, out of the data-parallel "
-        "ranks. Take the flag out; its ranks become data-parallel ones. Long documents still get groups, and "
-        "--flexsp-max-tokens-per-rank set to sequence length / context-parallel size keeps the memory use": (
-            args.context_parallel_size > 1
-        ),
-        "--hybrid-context-parallel: it is another way to do what FlexSP does; use one of them": (
-            args.hybrid_context_parallel
-        ),
-        "--calculate-per-token-loss is missing: without it each micro-batch weighs the same, however many "
-        "tokens it has, and the result would depend on the plan. Add the flag": not args.calculate_per_token_loss,
-        "--micro-batch-size other than 1: the planner decides what a micro-batch holds. Set it to 1 and give the "
-        "memory by --flexsp-max-tokens-per-rank": args.micro_batch_size not in (None, 1),
-        "--eval-micro-batch-size other than 1: the planner decides what a micro-batch holds": (
-            getattr(args, "eval_micro_batch_size", None) not in (None, 1)
-        ),
-        "CUDA graphs: micro-batches differ in length from step to step": (
-            getattr(args, "cuda_graph_impl", "none") != "none"
-            or getattr(args, "enable_cuda_graph", False)
-            or getattr(args, "external_cuda_graph", False)
-        ),
-        "--mtp-num-layers: multi-token prediction rolls labels over a static context-parallel group": (
-            args.mtp_num_layers
-        ),
-        "--multi-latent-attention: it is not supported yet": args.multi_latent_attention,
-        "--experimental-attention-variant: it is not supported": (
-            getattr(args, "experimental_attention_variant", None)
-        ),
-        "Mamba and hybrid layers: their state runs along a sequence, across ranks": (
-            getattr(args, "hybrid_layer_pattern", None)
-            or getattr(args, "hybrid_override_pattern", None)
-            or getattr(args, "is_hybrid_model", False)
-        ),
-        "--use-megatron-fsdp and --use-torch-fsdp2: they gather parameters in every micro-batch, and ranks run "
-        "different numbers of those": getattr(args, "use_megatron_fsdp", False) or args.use_torch_fsdp2,
-        "--attention-dropout other than 0 (Megatron's default is 0.1): the ranks of a group would draw the same "
-        "masks for different heads. Set --attention-dropout 0 (--use-checkpoint-args takes the checkpoint's)": (
-            args.attention_dropout != 0
-        ),
-        "--hidden-dropout other than 0 (Megatron's default is 0.1): what is dropped would depend on the plan, and a "
-        "resumed run would drop something else. Set --hidden-dropout 0": (args.hidden_dropout != 0),
-        "--transformer-impl inference_optimized: it does not train": (
-            args.transformer_impl not in ("local", "transformer_engine")
-        ),
-        "--window-size with --transformer-impl local: PyTorch's attention would need a mask as large as the square of "
-        "a sequence. Set --transformer-impl transformer_engine": local and getattr(args, "window_size", None),
-        "--fp8-format and --fp4-format: slices are not padded to what their kernels ask, and delayed scaling reduces "
-        "over ranks that run different numbers of micro-batches": (
-            getattr(args, "fp8", None) or getattr(args, "fp4", None)
-        ),
-        "--softmax-type other than vanilla with --transformer-impl local: PyTorch's attention has no other. Set "
-        "--transformer-impl transformer_engine": local and getattr(args, "softmax_type", "vanilla") != "vanilla",
-        "--qk-clip and --log-max-attention-logit: the attention scores are never whole in memory": (
-            getattr(args, "qk_clip", False) or getattr(args, "log_max_attention_logit", False)
-        ),
-        "--position-embedding-type mrope and relative: they are not supported": (
-            args.position_embedding_type in ("mrope", "relative")
-        ),
-        "--sft: conversations are not supported yet": getattr(args, "sft", False),
-        "--fim-data: it is not supported": getattr(args, "fim_data", False),
-        "--perform-rl-step: it is not supported": getattr(args, "perform_rl_step", False),
-        "--eod-mask-loss: a document is a sequence, so that nothing follows its end": args.eod_mask_loss,
-        "--tp-comm-overlap: its buffers have one size, micro-batches have many": args.tp_comm_overlap,
-        "--dataloader-type other than single: documents are shuffled by the data set": (
-            args.dataloader_type not in (None, "single")
-        ),
-        "--spec and --use-kitchen-attention: their attention is not Megatron's own": (
-            args.spec or getattr(args, "use_kitchen_attention", False)
-        ),
-        "--logits-load-dir: the teacher's logits are stored in the order of Megatron's own samples": (
-            getattr(args, "logits_load_dir", None)
-        ),
-        "--tensor-parallel-num-weight-shards: it is not supported": (
-            getattr(args, "tensor_parallel_num_weight_shards", None) not in (None, 1)
-        ),
-        "--inprocess-restart: it is not supported yet": getattr(args, "inprocess_restart", False),
-        "--no-align-grad-reduce: ranks of a pipeline that end at different times would wait for each other": (
-            not getattr(args, "align_grad_reduce", True)
-        ),
-        "--iterations-to-skip: it is not supported": args.iterations_to_skip,
-        "--full-validation and --multiple-validation-sets: they are not supported yet": (
-            args.full_validation or args.multiple_validation_sets
-        ),
-        "--phase-transition-iterations: it is not supported": args.phase_transition_iterations,
-        **experts.refusals(args),
-    }
-    return [message for message, applies in given.items() if applies]
-
-
 def _transformer_engine_refusals() -> list[str]:
     """A message if Transformer Engine can't be used as it is installed."""
     # Imported here: the others read arguments alone.
@@ -254,7 +162,7 @@ def _transformer_engine_refusals() -> list[str]:
 
 def check_compatibility(args: argparse.Namespace) -> None:
     """Refuse, in one message, every flag of the job that FlexSP can't be combined with."""
-    messages = _refusals(args)
+    messages = [refusal.message for refusal in refusals(args)]
     if args.transformer_impl == "transformer_engine":
         messages += _transformer_engine_refusals()
     if messages:

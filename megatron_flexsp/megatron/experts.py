@@ -1,4 +1,4 @@
-"""What mixtures of experts ask of a job's other flags: the schedule, and what can't be right over packs."""
+"""What mixtures of experts ask of a job's other flags: the schedule, and the dispatcher."""
 
 from __future__ import annotations
 
@@ -26,50 +26,6 @@ def why_rounds(args: argparse.Namespace) -> str | None:
     if "global_aux_loss" in args.moe_router_load_balancing_type:
         return "global_aux_loss adds up over all ranks in every micro-batch"
     return None
-
-
-def refusals(args: argparse.Namespace) -> dict[str, object]:
-    """Messages, and whether each applies."""
-    if not args.num_experts:
-        return {}
-    balancing = args.moe_router_load_balancing_type
-    balancing = {balancing} if isinstance(balancing, str) else set(balancing)
-    backend = getattr(args, "moe_flex_dispatcher_backend", "deepep") if args.moe_token_dispatcher_type == "flex" else ""
-    recomputed = args.recompute_granularity == "full" or "moe" in (args.recompute_modules or ())
-    return {
-        "--moe-router-load-balancing-type sinkhorn and quantile_balancing: where a token goes would depend on the "
-        "tokens beside it, and so on the plan. Use aux_loss, seq_aux_loss or none": (
-            balancing & {"sinkhorn", "quantile_balancing"}
-        ),
-        "--moe-expert-capacity-factor and --moe-expert-rank-capacity-factor: which tokens are dropped would depend on "
-        "the plan. Take them out: no token is dropped then": (
-            (args.moe_expert_capacity_factor or -1) >= 0
-            or getattr(args, "moe_expert_rank_capacity_factor", None) is not None
-        ),
-        "--moe-router-load-balancing-type global_aux_loss: it is not tried yet. Use aux_loss or seq_aux_loss": (
-            "global_aux_loss" in balancing
-        ),
-        "--num-experts with --pipeline-model-parallel-size > 1: it is not tried yet": (
-            args.pipeline_model_parallel_size > 1
-        ),
-        "--moe-input-jitter-eps: the noise would depend on the plan": args.moe_input_jitter_eps,
-        "--moe-enable-routing-replay: a recorded route is one of Megatron's own micro-batches": (
-            getattr(args, "moe_enable_routing_replay", False)
-        ),
-        "--overlap-moe-expert-parallel-comm: it runs layers of two micro-batches by turns, and they may differ in "
-        "length": getattr(args, "overlap_moe_expert_parallel_comm", False),
-        "--moe-flex-dispatcher-backend ncclep: its buffers have one size, micro-batches have many": backend == "ncclep",
-        "--moe-flex-dispatcher-backend hybridep without --moe-hybridep-pad-uneven-dispatch-inputs (Megatron 0.19): it "
-        "takes for granted that all ranks have equally many tokens": (
-            backend == "hybridep" and not getattr(args, "moe_hybridep_pad_uneven_dispatch_inputs", False)
-        ),
-        "--num-experts with --tensor-model-parallel-size > 1 and no --sequence-parallel, which Megatron doesn't "
-        "train": args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
-        "--num-experts with --fp8-format or --fp4-format and recomputed experts: Transformer Engine's recomputation "
-        "doesn't tell a router which micro-batch is running": (
-            recomputed and (getattr(args, "fp8", None) or getattr(args, "fp4", None))
-        ),
-    }
 
 
 def check_profile(args: argparse.Namespace) -> None:

@@ -1,0 +1,393 @@
+"""The flags of a Megatron job that don't go with FlexSP: which, why, and what to do. Needs neither torch nor Megatron.
+
+One table for the launcher, which refuses at start-up, and for ``flexsp convert`` and ``flexsp doctor``, which read a
+job's arguments before it is started. In: an ``argparse`` namespace with Megatron's names, Megatron's defaults where a
+flag isn't given. Out: the entries that apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Something in a job's arguments that FlexSP can't be combined with."""
+
+    flags: tuple[str, ...]
+    """Every command line flag that can bring it about; the first is the one to name."""
+
+    subject: str
+    """What is refused, in the words of an error message: flags, and the values that matter."""
+
+    reason: str
+
+    remedy: str = ""
+    """What to do, as sentences; empty where there is nothing but to leave the flag out or FlexSP off."""
+
+    mendable: bool = False
+    """Whether setting or taking out the flags leaves the job what it was, so that ``flexsp convert`` may do it."""
+
+    applies: Callable[[argparse.Namespace], object]
+    """Whether a job has it; any true or false value."""
+
+    @property
+    def message(self) -> str:
+        """One line: subject, reason and remedy."""
+        return f"{self.subject}: {self.reason}" + (f". {self.remedy}" if self.remedy else "")
+
+
+def refusals(args: argparse.Namespace) -> list[Refusal]:
+    """What of a job's arguments doesn't go with FlexSP, in the table's order.
+
+    Parameters
+    ----------
+    args
+        Megatron's arguments, as parsed and not yet validated. Names that only some Megatron versions have may be
+        missing.
+    """
+    table = JOB_REFUSALS + EXPERT_REFUSALS if args.num_experts else JOB_REFUSALS
+    return [entry for entry in table if entry.applies(args)]
+
+
+def _local(args: argparse.Namespace) -> bool:
+    return bool(args.transformer_impl == "local")
+
+
+def _balancing(args: argparse.Namespace) -> set[str]:
+    chosen = args.moe_router_load_balancing_type
+    return {chosen} if isinstance(chosen, str) else set(chosen)
+
+
+def _flex_backend(args: argparse.Namespace) -> str:
+    if args.moe_token_dispatcher_type != "flex":
+        return ""
+    return str(getattr(args, "moe_flex_dispatcher_backend", "deepep"))
+
+
+def _narrow_float(args: argparse.Namespace) -> object:
+    return getattr(args, "fp8", None) or getattr(args, "fp4", None)
+
+
+JOB_REFUSALS = (
+    Refusal(
+        flags=("--yaml-cfg",),
+        subject="--yaml-cfg",
+        reason="FlexSP reads its flags from the command line; pass Megatron's there too",
+        applies=lambda args: args.yaml_cfg,
+    ),
+    Refusal(
+        flags=("--context-parallel-size",),
+        subject="--context-parallel-size > 1",
+        reason="FlexSP forms context-parallel groups itself, out of the data-parallel ranks",
+        remedy="Take the flag out; its ranks become data-parallel ones. Long documents still get groups, and "
+        "--flexsp-max-tokens-per-rank set to sequence length / context-parallel size keeps the memory use",
+        mendable=True,
+        applies=lambda args: args.context_parallel_size > 1,
+    ),
+    Refusal(
+        flags=("--hybrid-context-parallel",),
+        subject="--hybrid-context-parallel",
+        reason="it is another way to do what FlexSP does; use one of them",
+        mendable=True,
+        applies=lambda args: args.hybrid_context_parallel,
+    ),
+    Refusal(
+        flags=("--calculate-per-token-loss",),
+        subject="--calculate-per-token-loss is missing",
+        reason="without it each micro-batch weighs the same, however many tokens it has, and the result would depend "
+        "on the plan",
+        remedy="Add the flag",
+        mendable=True,
+        applies=lambda args: not args.calculate_per_token_loss,
+    ),
+    Refusal(
+        flags=("--micro-batch-size",),
+        subject="--micro-batch-size other than 1",
+        reason="the planner decides what a micro-batch holds",
+        remedy="Set it to 1 and give the memory by --flexsp-max-tokens-per-rank",
+        mendable=True,
+        applies=lambda args: args.micro_batch_size not in (None, 1),
+    ),
+    Refusal(
+        flags=("--eval-micro-batch-size",),
+        subject="--eval-micro-batch-size other than 1",
+        reason="the planner decides what a micro-batch holds",
+        mendable=True,
+        applies=lambda args: getattr(args, "eval_micro_batch_size", None) not in (None, 1),
+    ),
+    Refusal(
+        flags=("--cuda-graph-impl", "--enable-cuda-graph", "--external-cuda-graph"),
+        subject="CUDA graphs",
+        reason="micro-batches differ in length from step to step",
+        applies=lambda args: (
+            getattr(args, "cuda_graph_impl", "none") != "none"
+            or getattr(args, "enable_cuda_graph", False)
+            or getattr(args, "external_cuda_graph", False)
+        ),
+    ),
+    Refusal(
+        flags=("--mtp-num-layers",),
+        subject="--mtp-num-layers",
+        reason="multi-token prediction rolls labels over a static context-parallel group",
+        applies=lambda args: args.mtp_num_layers,
+    ),
+    Refusal(
+        flags=("--multi-latent-attention",),
+        subject="--multi-latent-attention",
+        reason="it is not supported yet",
+        applies=lambda args: args.multi_latent_attention,
+    ),
+    Refusal(
+        flags=("--experimental-attention-variant",),
+        subject="--experimental-attention-variant",
+        reason="it is not supported",
+        applies=lambda args: getattr(args, "experimental_attention_variant", None),
+    ),
+    Refusal(
+        flags=("--hybrid-layer-pattern", "--hybrid-override-pattern", "--is-hybrid-model"),
+        subject="Mamba and hybrid layers",
+        reason="their state runs along a sequence, across ranks",
+        applies=lambda args: (
+            getattr(args, "hybrid_layer_pattern", None)
+            or getattr(args, "hybrid_override_pattern", None)
+            or getattr(args, "is_hybrid_model", False)
+        ),
+    ),
+    Refusal(
+        flags=("--use-megatron-fsdp", "--use-torch-fsdp2"),
+        subject="--use-megatron-fsdp and --use-torch-fsdp2",
+        reason="they gather parameters in every micro-batch, and ranks run different numbers of those",
+        applies=lambda args: getattr(args, "use_megatron_fsdp", False) or args.use_torch_fsdp2,
+    ),
+    Refusal(
+        flags=("--attention-dropout",),
+        subject="--attention-dropout other than 0 (Megatron's default is 0.1)",
+        reason="the ranks of a group would draw the same masks for different heads",
+        remedy="Set --attention-dropout 0 (--use-checkpoint-args takes the checkpoint's)",
+        mendable=True,
+        applies=lambda args: args.attention_dropout != 0,
+    ),
+    Refusal(
+        flags=("--hidden-dropout",),
+        subject="--hidden-dropout other than 0 (Megatron's default is 0.1)",
+        reason="what is dropped would depend on the plan, and a resumed run would drop something else",
+        remedy="Set --hidden-dropout 0",
+        mendable=True,
+        applies=lambda args: args.hidden_dropout != 0,
+    ),
+    Refusal(
+        flags=("--transformer-impl",),
+        subject="--transformer-impl inference_optimized",
+        reason="it does not train",
+        applies=lambda args: args.transformer_impl not in ("local", "transformer_engine"),
+    ),
+    Refusal(
+        flags=("--window-size",),
+        subject="--window-size with --transformer-impl local",
+        reason="PyTorch's attention would need a mask as large as the square of a sequence",
+        remedy="Set --transformer-impl transformer_engine",
+        applies=lambda args: _local(args) and getattr(args, "window_size", None),
+    ),
+    Refusal(
+        flags=("--fp8-format", "--fp4-format"),
+        subject="--fp8-format and --fp4-format",
+        reason="slices are not padded to what their kernels ask, and delayed scaling reduces over ranks that run "
+        "different numbers of micro-batches",
+        applies=_narrow_float,
+    ),
+    Refusal(
+        flags=("--softmax-type",),
+        subject="--softmax-type other than vanilla with --transformer-impl local",
+        reason="PyTorch's attention has no other",
+        remedy="Set --transformer-impl transformer_engine",
+        applies=lambda args: _local(args) and getattr(args, "softmax_type", "vanilla") != "vanilla",
+    ),
+    Refusal(
+        flags=("--qk-clip", "--log-max-attention-logit"),
+        subject="--qk-clip and --log-max-attention-logit",
+        reason="the attention scores are never whole in memory",
+        applies=lambda args: getattr(args, "qk_clip", False) or getattr(args, "log_max_attention_logit", False),
+    ),
+    Refusal(
+        flags=("--position-embedding-type",),
+        subject="--position-embedding-type mrope and relative",
+        reason="they are not supported",
+        applies=lambda args: args.position_embedding_type in ("mrope", "relative"),
+    ),
+    Refusal(
+        flags=("--sft",),
+        subject="--sft",
+        reason="conversations are not supported yet",
+        applies=lambda args: getattr(args, "sft", False),
+    ),
+    Refusal(
+        flags=("--fim-data",),
+        subject="--fim-data",
+        reason="it is not supported",
+        applies=lambda args: getattr(args, "fim_data", False),
+    ),
+    Refusal(
+        flags=("--perform-rl-step",),
+        subject="--perform-rl-step",
+        reason="it is not supported",
+        applies=lambda args: getattr(args, "perform_rl_step", False),
+    ),
+    Refusal(
+        flags=("--eod-mask-loss",),
+        subject="--eod-mask-loss",
+        reason="a document is a sequence, so that nothing follows its end",
+        mendable=True,
+        applies=lambda args: args.eod_mask_loss,
+    ),
+    Refusal(
+        flags=("--tp-comm-overlap",),
+        subject="--tp-comm-overlap",
+        reason="its buffers have one size, micro-batches have many",
+        # It changes speed alone.
+        mendable=True,
+        applies=lambda args: args.tp_comm_overlap,
+    ),
+    Refusal(
+        flags=("--dataloader-type",),
+        subject="--dataloader-type other than single",
+        reason="documents are shuffled by the data set",
+        mendable=True,
+        applies=lambda args: args.dataloader_type not in (None, "single"),
+    ),
+    Refusal(
+        flags=("--spec", "--use-kitchen-attention"),
+        subject="--spec and --use-kitchen-attention",
+        reason="their attention is not Megatron's own",
+        applies=lambda args: args.spec or getattr(args, "use_kitchen_attention", False),
+    ),
+    Refusal(
+        flags=("--logits-load-dir",),
+        subject="--logits-load-dir",
+        reason="the teacher's logits are stored in the order of Megatron's own samples",
+        applies=lambda args: getattr(args, "logits_load_dir", None),
+    ),
+    Refusal(
+        flags=("--tensor-parallel-num-weight-shards",),
+        subject="--tensor-parallel-num-weight-shards",
+        reason="it is not supported",
+        applies=lambda args: getattr(args, "tensor_parallel_num_weight_shards", None) not in (None, 1),
+    ),
+    Refusal(
+        flags=("--inprocess-restart",),
+        subject="--inprocess-restart",
+        reason="it is not supported yet",
+        applies=lambda args: getattr(args, "inprocess_restart", False),
+    ),
+    Refusal(
+        flags=("--no-align-grad-reduce",),
+        subject="--no-align-grad-reduce",
+        reason="ranks of a pipeline that end at different times would wait for each other",
+        # It moves communication in time and leaves the sums as they are.
+        mendable=True,
+        applies=lambda args: not getattr(args, "align_grad_reduce", True),
+    ),
+    Refusal(
+        flags=("--iterations-to-skip",),
+        subject="--iterations-to-skip",
+        reason="it is not supported",
+        applies=lambda args: args.iterations_to_skip,
+    ),
+    Refusal(
+        flags=("--full-validation", "--multiple-validation-sets"),
+        subject="--full-validation and --multiple-validation-sets",
+        reason="they are not supported yet",
+        applies=lambda args: args.full_validation or args.multiple_validation_sets,
+    ),
+    Refusal(
+        flags=("--phase-transition-iterations",),
+        subject="--phase-transition-iterations",
+        reason="it is not supported",
+        applies=lambda args: args.phase_transition_iterations,
+    ),
+)
+
+EXPERT_REFUSALS = (
+    Refusal(
+        flags=("--moe-router-load-balancing-type",),
+        subject="--moe-router-load-balancing-type sinkhorn and quantile_balancing",
+        reason="where a token goes would depend on the tokens beside it, and so on the plan",
+        remedy="Use aux_loss, seq_aux_loss or none",
+        applies=lambda args: _balancing(args) & {"sinkhorn", "quantile_balancing"},
+    ),
+    Refusal(
+        flags=("--moe-expert-capacity-factor", "--moe-expert-rank-capacity-factor"),
+        subject="--moe-expert-capacity-factor and --moe-expert-rank-capacity-factor",
+        reason="which tokens are dropped would depend on the plan",
+        remedy="Take them out: no token is dropped then",
+        applies=lambda args: (
+            (args.moe_expert_capacity_factor or -1) >= 0
+            or getattr(args, "moe_expert_rank_capacity_factor", None) is not None
+        ),
+    ),
+    Refusal(
+        flags=("--moe-router-load-balancing-type",),
+        subject="--moe-router-load-balancing-type global_aux_loss",
+        reason="it is not tried yet",
+        remedy="Use aux_loss or seq_aux_loss",
+        applies=lambda args: "global_aux_loss" in _balancing(args),
+    ),
+    Refusal(
+        flags=("--pipeline-model-parallel-size",),
+        subject="--num-experts with --pipeline-model-parallel-size > 1",
+        reason="it is not tried yet",
+        applies=lambda args: args.pipeline_model_parallel_size > 1,
+    ),
+    Refusal(
+        flags=("--moe-input-jitter-eps",),
+        subject="--moe-input-jitter-eps",
+        reason="the noise would depend on the plan",
+        applies=lambda args: args.moe_input_jitter_eps,
+    ),
+    Refusal(
+        flags=("--moe-enable-routing-replay",),
+        subject="--moe-enable-routing-replay",
+        reason="a recorded route is one of Megatron's own micro-batches",
+        applies=lambda args: getattr(args, "moe_enable_routing_replay", False),
+    ),
+    Refusal(
+        flags=("--overlap-moe-expert-parallel-comm",),
+        subject="--overlap-moe-expert-parallel-comm",
+        reason="it runs layers of two micro-batches by turns, and they may differ in length",
+        # It changes speed alone.
+        mendable=True,
+        applies=lambda args: getattr(args, "overlap_moe_expert_parallel_comm", False),
+    ),
+    Refusal(
+        flags=("--moe-flex-dispatcher-backend",),
+        subject="--moe-flex-dispatcher-backend ncclep",
+        reason="its buffers have one size, micro-batches have many",
+        applies=lambda args: _flex_backend(args) == "ncclep",
+    ),
+    Refusal(
+        flags=("--moe-flex-dispatcher-backend",),
+        subject="--moe-flex-dispatcher-backend hybridep without --moe-hybridep-pad-uneven-dispatch-inputs (Megatron "
+        "0.19)",
+        reason="it takes for granted that all ranks have equally many tokens",
+        applies=lambda args: (
+            _flex_backend(args) == "hybridep" and not getattr(args, "moe_hybridep_pad_uneven_dispatch_inputs", False)
+        ),
+    ),
+    Refusal(
+        flags=("--sequence-parallel",),
+        subject="--num-experts with --tensor-model-parallel-size > 1 and no --sequence-parallel",
+        reason="Megatron doesn't train it",
+        remedy="Add --sequence-parallel",
+        applies=lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
+    ),
+    Refusal(
+        flags=("--fp8-format", "--fp4-format"),
+        subject="--num-experts with --fp8-format or --fp4-format and recomputed experts",
+        reason="Transformer Engine's recomputation doesn't tell a router which micro-batch is running",
+        applies=lambda args: (
+            (args.recompute_granularity == "full" or "moe" in (args.recompute_modules or ())) and _narrow_float(args)
+        ),
+    ),
+)
