@@ -83,15 +83,8 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         Where no group can hold the longest sequence.
     """
     cost_model = load_cost_model(args, settings)
-    capacity = settings.max_tokens_per_rank
-    if capacity is None:
-        capacity = cost_model.token_capacity // settings.micro_batches_in_flight
-    if capacity < settings.slice_multiple:
-        raise FlexSPError(
-            "the cost model leaves no memory for activations (memory_budget_bytes - model_state_bytes): give "
-            "--flexsp-max-tokens-per-rank, or a cost model that was measured on this cluster"
-        )
-    static_degree: int | None = _narrowest_degree(settings, capacity, longest, longest_in)
+    capacity = token_capacity(settings, cost_model)
+    narrowest = narrowest_degree(settings, capacity, longest, longest_in)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     domain_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     hosts_group = parallel_state.create_group(
@@ -115,32 +108,12 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         check_block_attention(device, args.params_dtype, args.kv_channels)
     groups.warm_up(device)
     channel = PlanChannel(hosts_group)
-    degrees, schedule = settings.degrees, settings.schedule
-    if schedule != "static":
-        static_degree = None
-    elif settings.in_rounds:
-        # Ranks may not run different numbers of micro-batches: rounds of one degree.
-        assert static_degree is not None
-        degrees, schedule = (static_degree,), "lockstep"
-    request = PlanRequest(
-        cost_model,
-        settings.domain_size,
-        capacity,
-        slice_multiple=settings.slice_multiple,
-        count_multiple=settings.count_multiple,
-        time_limit_seconds=settings.solver_time_limit_seconds,
-        options={
-            "schedule": schedule,
-            "degrees": degrees,
-            "static_degree": static_degree if schedule == "static" else None,
-            "pipeline_stages": settings.pipeline_stages,
-        },
-    )
+    request = plan_request(settings, cost_model, capacity, narrowest)
     return Context(
         settings=settings,
         cost_model=cost_model,
         token_capacity=capacity,
-        static_degree=static_degree,
+        static_degree=narrowest if settings.schedule == "static" else None,
         groups=groups,
         hosts_group=hosts_group,
         channel=channel,
@@ -150,8 +123,55 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     )
 
 
-def _narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in: str) -> int:
-    """The fewest ranks that hold the longest sequence; where a plan has one degree they must divide the domain."""
+def token_capacity(settings: Settings, cost_model: CostModel) -> int:
+    """Tokens that one rank can hold in one micro-batch.
+
+    Raises
+    ------
+    FlexSPError
+        Where the cost model leaves no memory for a single slice.
+    """
+    capacity = settings.max_tokens_per_rank
+    if capacity is None:
+        capacity = cost_model.token_capacity // settings.micro_batches_in_flight
+    if capacity < settings.slice_multiple:
+        raise FlexSPError(
+            "the cost model leaves no memory for activations (memory_budget_bytes - model_state_bytes): give "
+            "--flexsp-max-tokens-per-rank, or a cost model that was measured on this cluster"
+        )
+    return capacity
+
+
+def plan_request(settings: Settings, cost_model: CostModel, capacity: int, narrowest: int) -> PlanRequest:
+    """How this job's batches are planned; ``narrowest`` is the one degree of the static schedule."""
+    degrees, schedule = settings.degrees, settings.schedule
+    if schedule == "static" and settings.in_rounds:
+        # Ranks may not run different numbers of micro-batches: rounds of one degree.
+        degrees, schedule = (narrowest,), "lockstep"
+    return PlanRequest(
+        cost_model,
+        settings.domain_size,
+        capacity,
+        slice_multiple=settings.slice_multiple,
+        count_multiple=settings.count_multiple,
+        time_limit_seconds=settings.solver_time_limit_seconds,
+        options={
+            "schedule": schedule,
+            "degrees": degrees,
+            "static_degree": narrowest if schedule == "static" else None,
+            "pipeline_stages": settings.pipeline_stages,
+        },
+    )
+
+
+def narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in: str) -> int:
+    """The fewest ranks that hold the longest sequence; where a plan has one degree they must divide the domain.
+
+    Raises
+    ------
+    FlexSPError
+        Where no group holds it.
+    """
     slice_capacity = capacity // settings.slice_multiple * settings.slice_multiple
     degrees = settings.degrees
     if settings.schedule in ("static", "batch-adaptive"):
