@@ -10,8 +10,7 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import experts
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
 from megatron_flexsp.runtime import ring_size_of
-
-OLDEST_TRANSFORMER_ENGINE = (2, 8)
+from megatron_flexsp.tried import OLDEST_TRANSFORMER_ENGINE
 
 OVERLONG = ("split", "truncate", "drop", "error")
 
@@ -143,7 +142,7 @@ class Settings:
     """Micro-batches whose activations the first pipeline stage holds at once."""
 
 
-def _transformer_engine_refusals() -> list[str]:
+def transformer_engine_refusals() -> list[str]:
     """A message if Transformer Engine can't be used as it is installed."""
     # Imported here: the others read arguments alone.
     from megatron.core.utils import get_te_version
@@ -164,7 +163,7 @@ def check_compatibility(args: argparse.Namespace) -> None:
     """Refuse, in one message, every flag of the job that FlexSP can't be combined with."""
     messages = [refusal.message for refusal in refusals(args)]
     if args.transformer_impl == "transformer_engine":
-        messages += _transformer_engine_refusals()
+        messages += transformer_engine_refusals()
     if messages:
         raise FlexSPError("--flexsp can't be combined with\n  - " + "\n  - ".join(messages))
 
