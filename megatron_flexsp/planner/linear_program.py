@@ -101,8 +101,8 @@ class LinearProgram:
         self,
         *,
         time_limit_seconds: float = math.inf,
-        relative_gap: float = 1e-4,
         most_nodes: int | None = None,
+        first_will_do: bool = False,
         seed: int = 0,
     ) -> Solution | None:
         """The best columns, or None where HiGHS has found none.
@@ -111,10 +111,10 @@ class LinearProgram:
         ----------
         time_limit_seconds
             When HiGHS gives up and returns the best that it has.
-        relative_gap
-            With whole numbers, stop at so small a gap.
         most_nodes
             With whole numbers, stop after so many nodes, which, unlike a time, is the same in every process.
+        first_will_do
+            With whole numbers, stop at the first columns that keep the rows.
         seed
             HiGHS breaks ties by it.
         """
@@ -122,9 +122,11 @@ class LinearProgram:
         solver.setOptionValue("output_flag", False)
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("random_seed", seed)
-        solver.setOptionValue("mip_rel_gap", relative_gap)
         if most_nodes is not None:
             solver.setOptionValue("mip_max_nodes", most_nodes)
+        if first_will_do:
+            solver.setOptionValue("mip_max_improving_sols", 1)
+            solver.setOptionValue("mip_heuristic_run_feasibility_jump", False)  # it costs more than it finds here
         if math.isfinite(time_limit_seconds):
             solver.setOptionValue("time_limit", max(0.0, time_limit_seconds))
         has_integers = any(flags.any() for flags in self._integers)

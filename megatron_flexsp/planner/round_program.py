@@ -18,7 +18,6 @@ from megatron_flexsp.planner.problem import Problem
 from megatron_flexsp.planner.rounds import Group, Round, round_seconds
 
 BUCKETS = 16
-_RELATIVE_GAP = 2e-2
 _NODES = 50
 _GAINS = (0.01, 0.003)
 
@@ -186,9 +185,7 @@ def _choose_groups(
                 entries = [(placed[number], 1.0), (ends, float(seconds[bucket].mean())), (holds, tokens[number])]
                 column = program.add_columns(0.0, entries, upper=len(bucket), is_integer=True)
                 amounts[number, degree] = int(column[0])
-    found = program.solve(
-        time_limit_seconds=time_limit_seconds, relative_gap=_RELATIVE_GAP, most_nodes=_NODES, seed=seed
-    )
+    found = program.solve(time_limit_seconds=time_limit_seconds, most_nodes=_NODES, first_will_do=True, seed=seed)
     if found is None:
         return None
     return _Counts(

@@ -51,7 +51,7 @@ def test_every_plan_ends_so(count_multiple: int) -> None:
     generator = np.random.default_rng(count_multiple)
     with_fillers = 0
     for _ in range(60):
-        lengths = np.clip(generator.lognormal(5, 1.5, generator.integers(8, 60)), 1, 6000).astype(int)
+        lengths = np.clip(generator.lognormal(6, 2, generator.integers(8, 20)), 1, 6000).astype(int)
         made = plan(lengths, COST_MODEL, 8, count_multiple=count_multiple)
         made.validate(lengths, COST_MODEL.token_capacity, count_multiple=count_multiple)
         with_fillers += any(item.is_filler for item in made.micro_batches)
