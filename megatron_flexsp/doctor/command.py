@@ -102,6 +102,7 @@ def _request(
         gpu_capability=gpus[0].capability if gpus else (9, 0),
         gpu_memory_bytes=int(memory),
         gpu_is_assumed=not gpus and gpu_memory_gib is None,
+        gpu_name=gpus[0].name if gpus else None,
         variables=dict(job.variables),
     )
 

@@ -21,6 +21,7 @@ from megatron_flexsp.megatron.context import narrowest_degree, plan_request, tok
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.provenance import check_same_job, installed_versions
 from megatron_flexsp.planner import CostModel
+from megatron_flexsp.profiler.record import check_writable
 
 _SECONDS_A_PLAN = 0.5
 _MOST_SEQUENCES, _MOST_RANKS = 8192, 1024
@@ -33,6 +34,12 @@ def examine_cost_model(
     args: argparse.Namespace, settings: Settings, request: Request, vocabulary: int | None
 ) -> Generator[Finding, None, CostModel]:
     """Where the costs come from, and whether they are this job's; returns them."""
+    if settings.profile is not None:
+        try:
+            check_writable(settings.profile)
+            yield ok("profile", f"this run measures, trains nothing, and writes {settings.profile}")
+        except FlexSPError as problem:
+            yield error("profile", *_in_two(str(problem).partition(": ")[2]))
     measured = settings.cost_model
     if measured is None:
         yield from _examine_estimate(args, request, vocabulary)
@@ -58,7 +65,7 @@ def examine_cost_model(
     except FlexSPError as problem:
         yield error("cost-model", str(problem).rpartition(". ")[0], "measure this job with --flexsp-profile")
         return measured
-    yield _examine_origin(path, measured.measurement)
+    yield _examine_origin(path, measured.measurement, request.gpu_name)
     return measured
 
 
@@ -73,8 +80,8 @@ def _examine_estimate(args: argparse.Namespace, request: Request, vocabulary: in
     yield warning("cost-model", found, remedy)
 
 
-def _examine_origin(path: str, measurement: Any) -> Finding:
-    """When and on what it was measured, and with which versions."""
+def _examine_origin(path: str, measurement: Any, gpu_name: str | None) -> Finding:
+    """When and on what it was measured, and with which versions; ``gpu_name`` is None where there is none here."""
     date, device = measurement.get("date"), measurement.get("device", "an unknown device")
     age = ""
     if isinstance(date, str):
@@ -86,6 +93,8 @@ def _examine_origin(path: str, measurement: Any) -> Finding:
     found = f"{path}: measured on this job's shape, {device}{age}"
     then, now = measurement.get("versions") or {}, installed_versions()
     changed = [f"{name} {then[name]}, here {now[name]}" for name in now if name in then and then[name] != now[name]]
+    if gpu_name is not None and device != gpu_name:
+        changed.insert(0, f"{device}, here {gpu_name}")
     if changed:
         return warning("cost-model", f"{found}; since then changed: {'; '.join(changed)}", "measure again")
     return ok("cost-model", found)

@@ -39,6 +39,8 @@ class Request:
     gpu_is_assumed: bool = True
     """No GPU is here to be asked."""
 
+    gpu_name: str | None = None
+
     variables: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -69,7 +71,7 @@ def examine(request: Request, say: Say) -> Iterator[Finding]:
         except Exception as problem:
             name = imports.__name__.removeprefix("_import_")
             reason = f"{type(problem).__name__}: {problem}"
-            yield error(f"import-{name}", f"{name} can't be imported: {reason}", _import_remedy(name))
+            yield error(f"import-{name}", f"{name} can't be imported: {reason}", _import_remedy(name, reason))
             return
     import megatron.core
 
@@ -118,7 +120,14 @@ def _import_megatron(request: Request, say: Say) -> None:
     import megatron.training.arguments  # noqa: F401
 
 
-def _import_remedy(name: str) -> str:
+_TRANSFORMER_ENGINE_REMEDY = (
+    "install the one built for this PyTorch: pip install --no-build-isolation 'transformer-engine[pytorch]'"
+)
+
+
+def _import_remedy(name: str, reason: str) -> str:
+    if "transformer_engine" in reason:
+        return _TRANSFORMER_ENGINE_REMEDY
     if name == "torch":
         return "pip install 'megatron-flexsp[train]', or the build of PyTorch that suits this cluster"
     return "pip install 'megatron-flexsp[train]', or put what the message misses beside the Megatron-LM checkout"
@@ -142,7 +151,7 @@ def _examine_transformer_engine(say: Say) -> Iterator[Finding]:
     yield error(
         "import-transformer-engine",
         f"Transformer Engine is installed and can't be imported: {reason}",
-        "install the one built for this PyTorch: pip install --no-build-isolation 'transformer-engine[pytorch]'",
+        _TRANSFORMER_ENGINE_REMEDY,
     )
 
 

@@ -132,7 +132,7 @@ def test_files_that_are_not_there(examine: Examine, documents: Path, tmp_path: P
     (tmp_path / "half.bin").write_bytes(b"1234")
     found = examine(
         f"--tokenizer-type GPT2BPETokenizer --vocab-file {tmp_path}/vocab.json --load {tmp_path} "
-        "--exit-on-missing-checkpoint --eval-iters 2",
+        f"--exit-on-missing-checkpoint --eval-iters 2 --flexsp-profile {tmp_path}/none/costs.json",
         data=tmp_path / "half",
     )
     assert "half.bin has 4 bytes" in found["data"][0].found
@@ -141,8 +141,9 @@ def test_files_that_are_not_there(examine: Examine, documents: Path, tmp_path: P
         "GPT2BPETokenizer without --merge-file",
     ]
     assert "holds no checkpoint" in found["load"][0].found
+    assert "there is no folder" in found["profile"][0].found
     assert "leaves no documents" in found["steps"][0].found
-    assert len(errors(found)) == 5
+    assert len(errors(found)) == 6
 
 
 def test_kernels_that_nothing_brings(examine: Examine) -> None:
