@@ -18,11 +18,11 @@ def package_version() -> str:
 
 
 # Planning and simulating: no torch, so that a laptop or another framework can use them.
-BASE = ["click>=8.1,<9", "highspy>=1.7,<2", "numpy>=1.26,<3", "packaging>=23", "rich>=13,<16"]
+BASE = ["click>=8.1,<9", "highspy>=1.7,<2", "numpy>=1.26,<3", "rich>=13,<16"]
 
 EXTRAS = {
     "train": [
-        "megatron-core>=0.18.2,<0.20",
+        "megatron-core>=0.17.1,<0.21",
         "torch>=2.6,<3",
         # Two packages that Megatron imports and its wheel does not declare.
         "psutil>=5.9,<8",  # saving a torch_dist checkpoint
@@ -48,7 +48,7 @@ setup(
     description="A context-parallel group for each sequence: Megatron-LM trains faster on long-tailed text.",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    # megatron-core 0.18.2 and 0.19.2 ask for 3.12 as well.
+    # megatron-core asks for 3.12 as well.
     python_requires=">=3.12",
     package_data={"megatron_flexsp.planner": ["cost_models/*.json"], "megatron_flexsp.report": ["page.html"]},
     packages=find_packages(include=["megatron_flexsp", "megatron_flexsp.*"]),

@@ -95,6 +95,17 @@ JOB_REFUSALS = (
         applies=lambda args: args.hybrid_context_parallel,
     ),
     Refusal(
+        flags=("--dynamic-context-parallel", "--sequence-packing-scheduler", "--use-varlen-dataset"),
+        subject="--dynamic-context-parallel, --sequence-packing-scheduler and --use-varlen-dataset",
+        reason="they are another way to do what FlexSP does; use one of them",
+        mendable=True,
+        applies=lambda args: (
+            getattr(args, "dynamic_context_parallel", False)
+            or getattr(args, "sequence_packing_scheduler", None)
+            or getattr(args, "use_varlen_dataset", False)
+        ),
+    ),
+    Refusal(
         flags=("--calculate-per-token-loss",),
         subject="--calculate-per-token-loss is missing",
         reason="without it each micro-batch weighs the same, however many tokens it has, and the result would depend "
@@ -141,10 +152,26 @@ JOB_REFUSALS = (
         applies=lambda args: args.multi_latent_attention,
     ),
     Refusal(
-        flags=("--experimental-attention-variant",),
+        flags=("--experimental-attention-variant", "--linear-attention-type"),
         subject="--experimental-attention-variant",
         reason="it is not supported",
-        applies=lambda args: getattr(args, "experimental_attention_variant", None),
+        applies=lambda args: (
+            getattr(args, "experimental_attention_variant", None) or getattr(args, "linear_attention_type", None)
+        ),
+    ),
+    Refusal(
+        flags=("--enable-hyper-connections", "--enable-mhc-connections"),
+        subject="--enable-hyper-connections and --enable-mhc-connections",
+        reason="they are not tried yet",
+        applies=lambda args: (
+            getattr(args, "enable_hyper_connections", False) or getattr(args, "enable_mhc_connections", False)
+        ),
+    ),
+    Refusal(
+        flags=("--rotary-base-per-layer",),
+        subject="--rotary-base-per-layer",
+        reason="each layer would number the tokens of a slice from 0",
+        applies=lambda args: getattr(args, "rotary_base_per_layer", None),
     ),
     Refusal(
         flags=("--hybrid-layer-pattern", "--hybrid-override-pattern", "--is-hybrid-model"),
@@ -270,10 +297,13 @@ JOB_REFUSALS = (
         applies=lambda args: getattr(args, "logits_load_dir", None),
     ),
     Refusal(
-        flags=("--tensor-parallel-num-weight-shards",),
-        subject="--tensor-parallel-num-weight-shards",
-        reason="it is not supported",
-        applies=lambda args: getattr(args, "tensor_parallel_num_weight_shards", None) not in (None, 1),
+        flags=("--tensor-parallel-num-weight-shards", "--expert-tensor-parallel-num-weight-shards"),
+        subject="--tensor-parallel-num-weight-shards and --expert-tensor-parallel-num-weight-shards",
+        reason="they are not supported",
+        applies=lambda args: any(
+            getattr(args, f"{expert}tensor_parallel_num_weight_shards", None) not in (None, 1)
+            for expert in ("", "expert_")
+        ),
     ),
     Refusal(
         flags=("--inprocess-restart",),
@@ -372,8 +402,16 @@ EXPERT_REFUSALS = (
         "0.19)",
         reason="it takes for granted that all ranks have equally many tokens",
         applies=lambda args: (
-            _flex_backend(args) == "hybridep" and not getattr(args, "moe_hybridep_pad_uneven_dispatch_inputs", False)
+            _flex_backend(args) == "hybridep"
+            and not getattr(args, "moe_hybridep_pad_uneven_dispatch_inputs", False)
+            and not getattr(args, "moe_hybridep_pad_variable_tokens", False)  # its name on the dev branch
         ),
+    ),
+    Refusal(
+        flags=("--moe-n-hash-layers",),
+        subject="--moe-n-hash-layers",
+        reason="it is not tried yet",
+        applies=lambda args: getattr(args, "moe_n_hash_layers", 0),
     ),
     Refusal(
         flags=("--sequence-parallel",),

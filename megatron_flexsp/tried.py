@@ -1,4 +1,4 @@
-"""The versions that were tried. Megatron's are in ``megatron/seams.py``, where the launcher reads them."""
+"""The versions that were tried. Megatron's are in ``megatron/releases.py``, where the launcher reads them."""
 
 PYTHON_TRIED = ("3.12", "3.13")
 

@@ -1,7 +1,7 @@
 """Pretrain a GPT with Megatron, for people who have the wheel (`pip install megatron-core`) and not the source tree.
 
 Takes Megatron's own arguments and follows the conventions of Megatron-LM's `pretrain_gpt.py`: module-level `loss_func`,
-`forward_step` and `train_valid_test_datasets_provider`. Works with megatron-core 0.18.2 and later.
+`forward_step` and `train_valid_test_datasets_provider`. Works with megatron-core 0.17.1 and later.
 """
 
 import importlib.util
@@ -21,9 +21,14 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_batch_on_this_cp_rank
 from megatron.training import get_args, get_timers, pretrain
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
+from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
+
+try:
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+except ImportError:  # Megatron 0.17, whose `pretrain` parses the command line itself
+    parse_and_validate_args = None
 
 Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -33,6 +38,8 @@ def model_provider(
 ) -> GPTModel:
     """Build this pipeline stage's part of the model from Megatron's arguments."""
     args = get_args()
+    if args.mtp_num_layers:
+        raise SystemExit("--mtp-num-layers: this script builds no multi-token prediction; Megatron-LM's own does.")
     config = config or core_transformer_config_from_args(args)
     layers = get_gpt_decoder_block_spec(
         config,
@@ -82,7 +89,8 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None) -> dict[str, Any]:
     batch = {key: value.cuda(non_blocking=True) for key, value in next(data_iterator).items()}
     if mpu.get_context_parallel_world_size() == 1:
         return batch
-    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=mpu.get_context_parallel_group())
+    options = {} if parse_and_validate_args is None else {"is_hybrid_cp": False}
+    return get_batch_on_this_cp_rank(batch, cp_group=mpu.get_context_parallel_group(), **options)
 
 
 def forward_step(data_iterator: Any, model: GPTModel) -> tuple[torch.Tensor, Callable[[torch.Tensor], Loss]]:
@@ -131,17 +139,19 @@ def main() -> None:
     if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
         # The wheel brings the compiled helpers but no Makefile; Megatron would run `make` and exit.
         dataset_utils.compile_helpers = lambda: None
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
-    if args.mtp_num_layers:
-        raise SystemExit("--mtp-num-layers: this script builds no multi-token prediction; Megatron-LM's own does.")
+    defaults = {"tokenizer_type": "GPT2BPETokenizer"}
     # By name: the position of these arguments differs between Megatron's releases.
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        train_valid_test_dataset_provider=train_valid_test_datasets_provider,
-        model_provider=model_provider,
-        model_type=ModelType.encoder_or_decoder,
-        forward_step_func=forward_step,
-    )
+    training = {
+        "train_valid_test_dataset_provider": train_valid_test_datasets_provider,
+        "model_provider": model_provider,
+        "model_type": ModelType.encoder_or_decoder,
+        "forward_step_func": forward_step,
+    }
+    if parse_and_validate_args is None:
+        pretrain(**training, args_defaults=defaults)
+    else:
+        args = parse_and_validate_args(args_defaults=defaults)
+        pretrain(pretrain_cfg_container_from_args(args), **training)
 
 
 if __name__ == "__main__":

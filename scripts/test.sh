@@ -20,6 +20,23 @@ transformer_engine_sources() {
 }
 transformer_engine_sources
 
+# Older releases of Megatron, each in a folder of its own that tests put before the installed one (18 MB each, without
+# what they need).
+older_megatrons() {
+    local version folder
+    for version in 0.17.1 0.18.2; do
+        folder="$flexsp_venv/megatron-$version"
+        [ -e "$folder/.complete" ] && continue
+        rm -rf -- "$folder"
+        "$flexsp_python" -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+            --target "$folder" "megatron-core==$version" </dev/null && touch -- "$folder/.complete" || {
+            rm -rf -- "$folder"
+            echo "Megatron $version can't be installed; the tests that run on it are skipped"
+        }
+    done
+}
+older_megatrons
+
 step() {
     printf '\n== %s\n' "$*"
     "$@"

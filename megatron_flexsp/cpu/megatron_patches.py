@@ -14,7 +14,7 @@ import torch
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import torch_norm
-from megatron.training import arguments
+from megatron.training import arguments, initialize
 
 from megatron_flexsp.cpu.replace import replaces
 
@@ -46,6 +46,10 @@ def parse_args(*positional: Any, **named: Any) -> Namespace:
     if chosen and os.environ.get("RANK", "0") == "0":
         print("CPU kernels instead of CUDA's:", ", ".join(f"{name}={value}" for name, value in chosen.items()))
     return args
+
+
+if hasattr(initialize, "parse_args"):  # the name that Megatron 0.17 calls
+    replaces(initialize)(parse_args)
 
 
 @replaces(dataset_utils)

@@ -63,7 +63,7 @@ class StoredDocuments:
                 storage = ObjectStorageConfig(path_to_idx_cache=config.object_storage_cache_path)
                 self._indexed = IndexedDataset(prefix, mmap=False, object_storage_config=storage)
             else:
-                check_files(prefix)
+                _check_files(prefix)
                 self._indexed = IndexedDataset(prefix, mmap=config.mmap_bin_files)
         except FlexSPError as error:
             raise FlexSPError(f"--data-path {prefix}: {error}") from None
@@ -93,14 +93,8 @@ class StoredDocuments:
         return self._indexed.get(int(self._first_sequences[document]), offset=start, length=count)
 
 
-def check_files(prefix: str) -> None:
-    """Refuse files that are missing or cut off. Megatron's reader would fail halfway, and leave stacks behind.
-
-    Raises
-    ------
-    FlexSPError
-        Names the file, what it has and what it needs.
-    """
+def _check_files(prefix: str) -> None:
+    """Refuse files that are missing or cut off. Megatron's reader would fail halfway, and leave stacks behind."""
     index_path, data_path = f"{prefix}.idx", f"{prefix}.bin"
     for path in (index_path, data_path):
         if not os.path.isfile(path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import arguments, experts, seams
+from megatron_flexsp.megatron import arguments, experts, releases, seams
 from megatron_flexsp.megatron.seams import Seam
 
 
@@ -19,7 +19,7 @@ def install(command_line: Sequence[str]) -> None:
     FlexSPError
         If a place that is to be changed is not as expected.
     """
-    seams.install([flags_seam()])
+    seams.install(flags_seams())
     profiles = any(word.split("=")[0] == "--flexsp-profile" for word in command_line)
     if "--flexsp" in command_line or profiles:
         seams.install(training_seams(profiles))
@@ -27,7 +27,7 @@ def install(command_line: Sequence[str]) -> None:
         raise FlexSPError("there are --flexsp-... flags but no --flexsp, which switches them on: add it")
 
 
-def flags_seam() -> Seam:
+def flags_seams() -> list[Seam]:
     """What every run gets: the flags beside Megatron's own."""
 
     def register(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -41,21 +41,22 @@ def flags_seam() -> Seam:
 
         return parse_args
 
-    return Seam(
-        "megatron.training.arguments:parse_args",
-        ("extra_args_provider", "ignore_unknown_args"),
-        register,
-        "registers the flags",
-    )
+    parameters = ("extra_args_provider", "ignore_unknown_args")
+    return [Seam(place, parameters, register, "registers the flags") for place in releases.places_of("parse_args")]
 
 
 def training_seams(profiles: bool) -> list[Seam]:
     """Everything that changes how a run trains. Making the list changes nothing."""
     # Imported here: a run without --flexsp never loads these.
-    from megatron.core.extensions.transformer_engine import HAVE_TE
+    try:
+        from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    from megatron_flexsp.megatron import packed_attention, profiling, routers, te_attention, training
-    from megatron_flexsp.megatron.provenance import check_same_job
+        from megatron_flexsp.megatron import packed_attention, profiling, routers, te_attention, training
+        from megatron_flexsp.megatron.provenance import check_same_job
+    except ImportError as error:
+        if not (error.name or "").startswith("megatron."):
+            raise
+        raise seams.moved(error) from None
 
     run = training.FlexSPTraining()
 
@@ -84,18 +85,20 @@ def training_seams(profiles: bool) -> list[Seam]:
 
     def print_seams(args: Any) -> None:
         if args.rank == 0:
+            print(f" > [flexsp] in Megatron {seams.version()} of {seams.location().parents[1]}:")
             for seam in [*planned, *(routing if args.num_experts else ())]:
-                print(f" > [flexsp] {seam.target} {seam.reason}", flush=True)
+                print(f" > [flexsp] {seam.target} {seam.reason}")
+            if (warning := seams.warning()) is not None:
+                print(f" > [flexsp] warning: {warning}")
 
     attention_parameters = ("self", "query", "key", "value", "attention_mask", "attn_mask_type", "attention_bias")
     pretrain_parameters = ("train_valid_test_dataset_provider", "forward_step_func")
     rotary = "megatron.core.models.common.embeddings"
+    validation = "checks the flags and lets micro-batches differ in length"
     planned = [
-        Seam(
-            "megatron.training.arguments:validate_args",
-            ("args", "defaults"),
-            check_arguments,
-            "checks the flags and lets micro-batches differ in length",
+        *(
+            Seam(place, ("args", "defaults"), check_arguments, validation)
+            for place in releases.places_of("validate_args")
         ),
         Seam("megatron.training:pretrain", pretrain_parameters, run.wrap_pretrain, "takes documents as samples"),
         Seam(
@@ -161,8 +164,20 @@ def training_seams(profiles: bool) -> list[Seam]:
             )
         )
     routing = routers.seams()
-    called = [
-        Seam("megatron.training.training:update_seqlen_stats_from_cu_seqlens", ("cu_seqlens",), None, "counts FLOPs"),
+    counting = "megatron.training.training"
+    if releases.sequences_report_lengths():
+        called = [Seam(f"{counting}:update_seqlen_stats_from_cu_seqlens", ("cu_seqlens",), None, "counts operations")]
+    else:
+        called = []
+        planned.append(
+            Seam(
+                f"{counting}:num_floating_point_operations",
+                ("args", "batch_size"),
+                run.wrap_num_floating_point_operations,
+                "counts the operations of each document",
+            )
+        )
+    called += [
         Seam("megatron.core.num_microbatches_calculator:get_current_running_global_batch_size", (), None, "is asked"),
         Seam(
             "megatron.core.transformer.moe.router:TopKRouter.attach_and_log_load_balancing_loss",

@@ -168,7 +168,12 @@ def _aux_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``_apply_aux_loss``: over all tokens of the pack."""
 
     def apply_aux_loss(
-        self: Any, probs: Tensor, scores_for_aux_loss: Tensor, routing_map: Tensor, with_padding_mask: bool = False
+        self: Any,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        with_padding_mask: bool = False,
+        **others: Any,
     ) -> Tensor:
         coefficient = self.get_aux_loss_coeff("aux_loss")
         if coefficient == 0 or _running_pack().sequences == 0:
@@ -190,6 +195,7 @@ def _seq_aux_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         seq_length: int,
         bsz: int,
         with_padding_mask: bool = False,
+        **others: Any,
     ) -> Tensor:
         coefficient = self.get_aux_loss_coeff("seq_aux_loss")
         pack = _running_pack()
@@ -256,13 +262,14 @@ def _expert_bias(original: Callable[..., None]) -> Callable[..., None]:
 def _router_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """``TopKRouter.forward`` told what is padding."""
 
-    def forward(self: Any, input: Tensor, padding_mask: Tensor | None = None) -> Any:
+    def forward(self: Any, input: Tensor, padding_mask: Tensor | None = None, *more: Any, **others: Any) -> Any:
         # Under --bf16 Megatron turns these counts to bfloat16, which can't count past 256.
         for counts in (self.local_tokens_per_expert, self.global_tokens_per_expert):
             if counts is not None and counts.dtype != torch.float32:
                 counts.data = counts.data.float()
         padding = _running_pack().padding
-        return original(self, input, None if padding is None else _local(self, padding).unsqueeze(1))
+        padding_mask = None if padding is None else _local(self, padding).unsqueeze(1)
+        return original(self, input, padding_mask, *more, **others)
 
     return forward
 

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_flexsp.errors import FlexSPError
-
-SUPPORTED = ((0, 18), (0, 19))
+from megatron_flexsp.megatron import releases
 
 
 @dataclass(frozen=True)
@@ -63,31 +62,56 @@ class Seam:
         return owner, name, original
 
 
-_REMEDY = "This version of megatron-flexsp works with Megatron 0.18 and 0.19."
+_REMEDY = f"megatron-flexsp works with Megatron {releases.RANGE}."
 
 
-def version() -> str:
-    """The version of the Megatron that would be imported."""
+def location() -> Path:
+    """The folder of the ``megatron.core`` that would be imported."""
     try:
         spec = importlib.util.find_spec("megatron.core")
     except ImportError:
         spec = None
     for folder in (spec and spec.submodule_search_locations) or ():
-        # Read, not imported: the stand-in for CUDA must be there before Megatron is.
-        path = Path(folder, "package_info.py")
-        if path.is_file():
-            return str(runpy.run_path(str(path))["__version__"])
+        if Path(folder, "package_info.py").is_file():
+            return Path(folder)
     raise FlexSPError(
         "Megatron is not there: install it (pip install 'megatron-flexsp[train]') or give the pretrain_gpt.py of a "
         "Megatron-LM checkout"
     )
 
 
+def version() -> str:
+    """The version of the Megatron that would be imported."""
+    # Read, not imported: the stand-in for CUDA must be there before Megatron is.
+    return str(runpy.run_path(str(location() / "package_info.py"))["__version__"])
+
+
 def check_version() -> None:
-    """Refuse a Megatron that this package was not written for."""
+    """Refuse a Megatron that is older than what this package was written for."""
     found = version()
-    if tuple(int(part) for part in found.split(".")[:2]) not in SUPPORTED:
-        raise FlexSPError(f"Megatron {found} is not supported. {_REMEDY}")
+    release = releases.minor_release(found)
+    if release is not None and release < releases.OLDEST:
+        raise FlexSPError(f"Megatron {found} is too old. {_REMEDY}")
+
+
+def warning() -> str | None:
+    """What to say of a Megatron that nobody has tried, once its places are found to be as expected.
+
+    A newer release is not refused for its number: the places say whether something has moved.
+    """
+    found = version()
+    release = releases.minor_release(found)
+    if release is not None and release <= releases.NEWEST:
+        return None
+    return (
+        f"Megatron {found} has not been tried ({releases.RANGE} have). Every place that is changed is as expected, so "
+        "training goes on. Compare its first losses with those of a release that was tried"
+    )
+
+
+def moved(error: ImportError) -> FlexSPError:
+    """The message for a name of Megatron that can't be imported from where it was."""
+    return FlexSPError(f"Megatron {version()}: {error}. {_REMEDY}")
 
 
 def install(seams: Sequence[Seam]) -> None:

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -19,9 +20,11 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training import training as megatron_training
 from megatron.training.utils import get_blend_and_blend_per_split
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron import releases
 from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.batches import (
@@ -55,6 +58,7 @@ class FlexSPTraining:
         self._context: Context | None = None
         self._iterators: tuple[PlannedBatches | None, ...] | None = None
         self._accounted: Plan | None = None
+        self._lengths: NDArray[np.int64] | None = None
         self._tracer: Tracer | None = None
         self._drift: DriftWatch | None = None
         self._background: Background | None = None
@@ -151,8 +155,22 @@ class FlexSPTraining:
         if self._drift is not None and (warning := self._drift.begin_step(plan.predicted_seconds)) is not None:
             print_rank_0(f" > [flexsp] warning: {warning}")
 
+    def wrap_num_floating_point_operations(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """``num_floating_point_operations`` of the last step, for releases that take all sequences for equally long."""
+
+        @functools.wraps(original)
+        def num_floating_point_operations(args: Any, batch_size: int) -> Any:
+            if self._lengths is None:
+                return original(args, batch_size)
+            return releases.count_operations(original, args, self._lengths)
+
+        return num_floating_point_operations
+
     def _account(self, batch: PlannedBatch) -> None:
-        """Tell Megatron's FLOP count which sequences ran here; it adds the ranks up, so each counts once."""
+        """Tell Megatron's count of operations which sequences ran here; it adds the ranks up, so each counts once."""
+        self._lengths = batch.lengths
+        if not releases.sequences_report_lengths():
+            return
         bounds = [0]
         for item in batch.micro_batches:
             if item.layout.member == 0:

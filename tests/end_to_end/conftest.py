@@ -61,12 +61,13 @@ class Run:
         return tensors
 
 
-def environment_of(arguments: Sequence[str]) -> dict[str, str]:
-    """What a run with these arguments needs in its environment."""
-    if "transformer_engine" not in arguments:
+def environment_of(arguments: Sequence[str], megatron: Path | None = None) -> dict[str, str]:
+    """What a run with these arguments needs in its environment; ``megatron`` is a folder with another release."""
+    first = [str(ROOT / "tests" / "stand_ins")] if "transformer_engine" in arguments else []
+    first += [] if megatron is None else [str(megatron)]
+    if not first:
         return {}
-    inherited = os.environ.get("PYTHONPATH", "")
-    return {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "stand_ins"), str(ROOT), inherited])}
+    return {"PYTHONPATH": os.pathsep.join([*first, str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
 @pytest.fixture(scope="session")
@@ -88,10 +89,17 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(torchrun: Callable, documents: Path, tmp_path: Path) -> Callable[..., Run]:
     """Run a job with FlexSP, under a prescribed plan if one is given, else under the planner's own."""
 
-    def run(nproc: int, *arguments: str, plan: str | None = None, gradients: bool = False, **options: object) -> Run:
+    def run(
+        nproc: int,
+        *arguments: str,
+        plan: str | None = None,
+        gradients: bool = False,
+        megatron: Path | None = None,
+        **options: object,
+    ) -> Run:
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        environment = environment_of(arguments)
+        environment = environment_of(arguments, megatron)
         if plan is not None:
             environment["FLEXSP_TEST_PLAN"] = plan
         saving: list[str] = []
@@ -114,19 +122,20 @@ def train(torchrun: Callable, documents: Path, tmp_path: Path) -> Callable[..., 
 @pytest.fixture(scope="session")
 def reference(torchrun: Callable, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """The unpacked run of a model and a model-parallel layout, started once for each."""
-    known: dict[tuple[int, tuple[str, ...]], Run] = {}
+    known: dict[tuple[int, tuple[str, ...], Path | None], Run] = {}
 
-    def run(nproc: int, *arguments: str) -> Run:
-        if (nproc, arguments) not in known:
+    def run(nproc: int, *arguments: str, megatron: Path | None = None) -> Run:
+        key = (nproc, arguments, megatron)
+        if key not in known:
             folder = tmp_path_factory.mktemp("reference")
             result = torchrun(
                 nproc,
                 str(HERE / "unpacked.py"),
                 *(*JOB, "--data-path", str(documents)),
                 *("--save", str(folder), "--save-interval", "5", "--save-wgrads-interval", "1", *arguments),
-                env=environment_of(arguments),
+                env=environment_of(arguments, megatron),
             )
-            known[nproc, arguments] = Run(result.stdout + result.stderr, folder)
-        return known[nproc, arguments]
+            known[key] = Run(result.stdout + result.stderr, folder)
+        return known[key]
 
     return run

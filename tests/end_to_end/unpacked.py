@@ -15,7 +15,7 @@ cpu.install()
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
-from megatron.training import arguments, get_args, training  # noqa: E402
+from megatron.training import arguments, get_args, initialize, training  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig  # noqa: E402
@@ -72,5 +72,6 @@ def validate(args: Any, defaults: Any) -> Any:
     return args
 
 
-arguments.validate_args = validate
+for module in (arguments, initialize):  # the second is where Megatron 0.17 looks
+    module.validate_args = validate
 script.main()

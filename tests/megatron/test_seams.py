@@ -48,14 +48,22 @@ def test_nothing_is_changed_where_one_place_does_not_match(
     assert place.number(4) == 4
 
 
-@pytest.mark.parametrize("version", ["0.16.0", "0.17.1", "0.20.0rc1", "1.18.0"])
-def test_other_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["0.16.0", "0.2"])
+def test_older_versions_are_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seams, "version", lambda: version)
-    with pytest.raises(FlexSPError, match=rf"Megatron {version} is not supported\. .*0\.18 and 0\.19"):
+    with pytest.raises(FlexSPError, match=rf"Megatron {version} is too old\. .*0\.17 to 0\.20"):
         seams.check_version()
 
 
-@pytest.mark.parametrize("version", ["0.18.2", "0.19.0rc4", "0.19.2+local"])
-def test_supported_versions_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", ["0.17.0", "0.18.9", "0.19.0rc4", "0.19.2+local", "0.20.0rc1"])
+def test_versions_that_were_tried_are_taken(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seams, "version", lambda: version)
     seams.check_version()
+    assert seams.warning() is None
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "1.0.0rc2", "a-fork-of-ours"])
+def test_others_are_taken_with_a_warning(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seams, "version", lambda: version)
+    seams.check_version()
+    assert f"Megatron {version} has not been tried" in (seams.warning() or "")

@@ -1,4 +1,4 @@
-from transformer_engine.pytorch import attention, distributed, fp8, tensor
+from transformer_engine.pytorch import attention, distributed, fp8, ops, tensor
 from transformer_engine.pytorch.attention import DotProductAttention
 from transformer_engine.pytorch.distributed import checkpoint
 from transformer_engine.pytorch.module import GroupedLinear, LayerNorm, LayerNormLinear, Linear, RMSNorm
@@ -14,5 +14,6 @@ __all__ = [
     "checkpoint",
     "distributed",
     "fp8",
+    "ops",
     "tensor",
 ]

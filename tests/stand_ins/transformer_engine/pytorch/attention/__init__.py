@@ -33,6 +33,7 @@ class DotProductAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         assert cp_group is None and attention_type == "self"
+        self.cp_group, self.cp_global_ranks = None, None  # Megatron's dev branch reads them
         self.qkv_format, self.attn_mask_type, self.window_size = qkv_format, attn_mask_type, window_size
         self.tp_size = tp_size if tp_group is None else tp_group.size()
         self.num_gqa_groups = num_gqa_groups or num_attention_heads

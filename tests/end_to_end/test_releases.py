@@ -1,0 +1,28 @@
+"""Older releases of Megatron: every place that is changed fits, and losses and gradients are as in the equality tests.
+
+``scripts/test.sh`` installs each of them into a folder of its own, which stands before the installed release.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .test_equality import OVERLAPS, assert_equal
+from .test_experts import EACH_SEQUENCE, MOE, TWO_PARTS
+
+
+@pytest.mark.parametrize("release", ["0.17.1", "0.18.2"])
+def test_experts_on_two_ranks_with_both_overlaps(release: str, train: Callable, reference: Callable) -> None:
+    """Passes by every seam but Transformer Engine's."""
+    folder = Path(sys.prefix, f"megatron-{release}")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; scripts/test.sh makes it")
+    model = (*MOE, *TWO_PARTS, *EACH_SEQUENCE)
+    plan = "[0123] [01] [2] [3] [0] [1] [23]"
+    run = train(4, *model, *OVERLAPS, plan=plan, gradients=True, megatron=folder)
+    # Megatron adds the commit of the repository that it lies in to its version.
+    assert re.search(rf"\[flexsp\] in Megatron {release}\S* of {folder}:", run.output)
+    assert_equal(run, reference(2, *model, megatron=folder))

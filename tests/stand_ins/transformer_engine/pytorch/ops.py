@@ -1,0 +1,7 @@
+"""Megatron 0.17 names one of these in an annotation; nothing here uses it."""
+
+from torch import nn
+
+
+class Sequential(nn.Sequential):
+    """Operations one after the other."""
