@@ -39,6 +39,7 @@ EXTRAS = {
         "pytest>=8,<10",
         "ruff>=0.9,<1",
         "tensorboard>=2.16,<3",
+        "transformers>=4.50,<6",  # what --sft tokenises with
     ],
 }
 

@@ -245,12 +245,6 @@ JOB_REFUSALS = (
         applies=lambda args: args.position_embedding_type in ("mrope", "relative"),
     ),
     Refusal(
-        flags=("--sft",),
-        subject="--sft",
-        reason="conversations are not supported yet",
-        applies=lambda args: getattr(args, "sft", False),
-    ),
-    Refusal(
         flags=("--fim-data",),
         subject="--fim-data",
         reason="it is not supported",

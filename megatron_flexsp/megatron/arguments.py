@@ -62,9 +62,9 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument(
         "--flexsp-overlong",
         choices=OVERLONG,
-        default="split",
-        help="What becomes of documents longer than --seq-length. split: consecutive pieces, each a sequence "
-        "of its own. truncate: their beginning is kept. drop: they are left out. error: stop.",
+        help="What becomes of documents longer than --seq-length. split (the default): consecutive pieces, each a "
+        "sequence of its own. truncate (the default of --sft): their beginning is kept. drop: they are left out. "
+        "error: stop.",
     )
     group.add_argument(
         "--flexsp-plan-ahead",
@@ -122,6 +122,8 @@ class Settings:
     """The measured one, if a file was given."""
     max_tokens_per_rank: int | None
     overlong: str
+    sft: bool
+    """Sequences are conversations, not documents."""
     plan_ahead: int
     solver_time_limit_seconds: float
     mock_lengths: str | None
@@ -206,6 +208,17 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
     if args.flexsp_mock_lengths is not None and not args.mock_data:
         raise FlexSPError("--flexsp-mock-lengths needs --mock-data")
 
+    sft = bool(getattr(args, "sft", False))
+    if sft and args.tokenizer_type != "SFTTokenizer":
+        raise FlexSPError(f"--sft needs --tokenizer-type SFTTokenizer; found {args.tokenizer_type}")
+    if sft and args.mock_data:
+        raise FlexSPError("--sft with --mock-data: there are no conversations to tokenise. Take one of them out")
+    if sft and args.flexsp_overlong == "split":
+        raise FlexSPError(
+            "--flexsp-overlong split with --sft: the end of a conversation makes no sense without its beginning. "
+            "Choose truncate, drop or error"
+        )
+
     pipeline_size = args.pipeline_model_parallel_size
     interleaved = bool(
         args.num_layers_per_virtual_pipeline_stage
@@ -227,7 +240,8 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         degrees=_degrees(args, domain_size, cost_model),
         cost_model=cost_model,
         max_tokens_per_rank=args.flexsp_max_tokens_per_rank,
-        overlong=args.flexsp_overlong,
+        overlong=args.flexsp_overlong or ("truncate" if sft else "split"),
+        sft=sft,
         plan_ahead=args.flexsp_plan_ahead,
         solver_time_limit_seconds=args.flexsp_solver_time_limit,
         mock_lengths=args.flexsp_mock_lengths,

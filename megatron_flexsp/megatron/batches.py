@@ -67,6 +67,9 @@ class TokenSource(Protocol):
     def read(self, sample: int, start: int, count: int) -> NDArray[Any]:
         """``count`` tokens of a sample from ``start``."""
 
+    def learned(self, sample: int, start: int, count: int) -> NDArray[np.bool_] | None:
+        """Which of those tokens count as labels; None: all of them."""
+
 
 class SliceReader:
     """Reads a rank's slices of a planned batch.
@@ -128,10 +131,12 @@ class SliceReader:
             offset = 0
             for piece in layout.pieces:
                 count = piece.stop - piece.start
-                text = self._source.read(samples[item.sequences[piece.sequence]], piece.start, count + 1)
+                sample = samples[item.sequences[piece.sequence]]
+                text = self._source.read(sample, piece.start, count + 1)
+                learned = self._source.learned(sample, piece.start + 1, count)
                 tokens[offset : offset + count] = text[:-1]
                 labels[offset : offset + count] = text[1:]
-                loss_mask[offset : offset + count] = 1.0
+                loss_mask[offset : offset + count] = 1.0 if learned is None else learned
                 offset += count
         return LocalMicroBatch(
             first_rank=item.first_rank,

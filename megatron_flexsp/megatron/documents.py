@@ -7,7 +7,6 @@ any Megatron run. Lengths come from the index; tokens are read only for the slic
 from __future__ import annotations
 
 import os
-import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,22 +16,17 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_config import BlendedMegatronDatasetConfig
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
-from megatron.core.datasets.object_storage_utils import ObjectStorageConfig, is_object_storage_path
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.datasets.utils import Split
 from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron.conversations import Conversations
 from megatron_flexsp.megatron.mock_documents import MockDocuments
+from megatron_flexsp.megatron.stored_documents import Lengths, StoredDocuments
 
-Lengths = NDArray[np.int64]
-
-# An index: magic, version, type of a token, how many sequences, how many documents and one; then each
-# sequence's length, each one's place in the .bin, and each document's first sequence.
-_INDEX_MAGIC = b"MMIDIDX"
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_LENGTH, _POINTER = struct.Struct("<i"), struct.Struct("<q")
+Documents = StoredDocuments | MockDocuments
 
 
 @dataclass
@@ -45,6 +39,9 @@ class DocumentDatasetConfig(BlendedMegatronDatasetConfig):
     mock_documents: MockDocuments | None = None
     """Stands in for files under ``--mock-data``."""
 
+    conversations: dict[str, str] | None = None
+    """Under ``--sft``: where each file's conversations are kept, tokenised."""
+
     object_storage_cache_path: str | None = None
 
     def __post_init__(self) -> None:
@@ -54,83 +51,7 @@ class DocumentDatasetConfig(BlendedMegatronDatasetConfig):
             self.split_matrix = [(0.0, 1.0)] * len(Split)
 
 
-class StoredDocuments:
-    """The documents of one ``.bin``/``.idx`` pair: their lengths, and any stretch of their tokens."""
-
-    def __init__(self, prefix: str, config: DocumentDatasetConfig) -> None:
-        try:
-            if is_object_storage_path(prefix):
-                storage = ObjectStorageConfig(path_to_idx_cache=config.object_storage_cache_path)
-                self._indexed = IndexedDataset(prefix, mmap=False, object_storage_config=storage)
-            else:
-                _check_files(prefix)
-                self._indexed = IndexedDataset(prefix, mmap=config.mmap_bin_files)
-        except FlexSPError as error:
-            raise FlexSPError(f"--data-path {prefix}: {error}") from None
-        except Exception as error:  # a broken index shows in many ways
-            raise FlexSPError(
-                f"--data-path {prefix}: {prefix}.idx and .bin can't be read ({error}). Make the data set again"
-            ) from None
-        self._first_sequences = np.asarray(self._indexed.document_indices)
-
-    def __len__(self) -> int:
-        return len(self._first_sequences) - 1
-
-    def token_counts(self, documents: NDArray[np.int64]) -> Lengths:
-        """Tokens of each of the documents. A document's sequences lie side by side on disk."""
-        index = self._indexed.index
-        first, last = self._first_sequences[documents], self._first_sequences[documents + 1] - 1
-        # An empty text becomes a document without sequences, even as the first or the last of a data set.
-        filled = np.flatnonzero(first <= last)
-        first, last = first[filled], last[filled]
-        before_last = (index.sequence_pointers[last] - index.sequence_pointers[first]) // index.dtype_size
-        counts = np.zeros(len(documents), dtype=np.int64)
-        counts[filled] = before_last + index.sequence_lengths[last]
-        return counts
-
-    def read(self, document: int, start: int, count: int) -> NDArray[Any]:
-        """``count`` tokens of a document from ``start``."""
-        return self._indexed.get(int(self._first_sequences[document]), offset=start, length=count)
-
-
-def _check_files(prefix: str) -> None:
-    """Refuse files that are missing or cut off. Megatron's reader would fail halfway, and leave stacks behind."""
-    index_path, data_path = f"{prefix}.idx", f"{prefix}.bin"
-    for path in (index_path, data_path):
-        if not os.path.isfile(path):
-            raise FlexSPError(f"{path} is missing; give the path of the data set without .idx or .bin")
-    with open(index_path, "rb") as stream:
-        header = stream.read(_INDEX_HEADER.size)
-        if not header.startswith(_INDEX_MAGIC[: len(header)]):
-            raise FlexSPError(f"{index_path} is no Megatron index; make the data set again")
-        sequences = documents = 0
-        needed = _INDEX_HEADER.size
-        if len(header) == needed:
-            _, _, dtype_code, sequences, documents = _INDEX_HEADER.unpack(header)
-            needed += sequences * (_LENGTH.size + _POINTER.size) + documents * _POINTER.size
-        found = os.path.getsize(index_path)
-        if found < needed:
-            raise FlexSPError(
-                f"{index_path} has {found} bytes where its header needs {needed}; it is truncated. Copy or make it "
-                "again"
-            )
-        needed = 0
-        if sequences:
-            stream.seek(_INDEX_HEADER.size + (sequences - 1) * _LENGTH.size)
-            (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
-            stream.seek((sequences - 1) * _POINTER.size, os.SEEK_CUR)
-            (pointer,) = _POINTER.unpack(stream.read(_POINTER.size))
-            needed = pointer + length * DType.size(DType.dtype_from_code(dtype_code))
-    if documents < 2 or needed == 0:
-        raise FlexSPError(f"{index_path} lists no tokens; make the data set again")
-    found = os.path.getsize(data_path)
-    if found < needed:
-        raise FlexSPError(
-            f"{data_path} has {found} bytes where its index needs {needed}; it is truncated. Copy or make it again"
-        )
-
-
-def _refuse_overlong(documents: StoredDocuments | MockDocuments, name: str, limit: int) -> None:
+def _refuse_overlong(documents: Documents, name: str, limit: int) -> None:
     """Every rank looks for itself: an error on the one that builds a split first would leave the others waiting."""
     predicted = documents.token_counts(np.arange(len(documents))) - 1
     others = np.count_nonzero(predicted > limit) - 1
@@ -151,11 +72,11 @@ class DocumentDataset(MegatronDataset):
     """
 
     config: DocumentDatasetConfig
-    dataset: StoredDocuments | MockDocuments
+    dataset: Documents
 
     def __init__(
         self,
-        dataset: StoredDocuments | MockDocuments,
+        dataset: Documents,
         dataset_path: str | None,
         indices: NDArray[Any],
         num_samples: int | None,
@@ -170,19 +91,21 @@ class DocumentDataset(MegatronDataset):
         self._order = self._kept(f"order_of_{self._pieces}", self._shuffle)
 
     @staticmethod
-    def numel_low_level_dataset(low_level_dataset: StoredDocuments | MockDocuments) -> int:
+    def numel_low_level_dataset(low_level_dataset: Documents) -> int:
         return len(low_level_dataset)
 
     @staticmethod
-    def build_low_level_dataset(
-        dataset_path: str | None, config: DocumentDatasetConfig
-    ) -> StoredDocuments | MockDocuments:
-        documents: StoredDocuments | MockDocuments
+    def build_low_level_dataset(dataset_path: str | None, config: DocumentDatasetConfig) -> Documents:
+        documents: Documents
         if dataset_path is None:
             assert config.mock_documents is not None
             documents = config.mock_documents
+        elif config.conversations is not None:
+            documents = Conversations(config.conversations[dataset_path], config.sequence_length)
         else:
-            documents = StoredDocuments(dataset_path, config)
+            documents = StoredDocuments(
+                dataset_path, memory_map=config.mmap_bin_files, index_cache=config.object_storage_cache_path
+            )
         if config.overlong == "error":
             _refuse_overlong(documents, dataset_path or "mock data", config.sequence_length)
         return documents
@@ -210,6 +133,11 @@ class DocumentDataset(MegatronDataset):
         documents, starts = self._locate(np.array([sample]))
         return self.dataset.read(self._first_document + int(documents[0]), int(starts[0]) + start, count)
 
+    def learned(self, sample: int, start: int, count: int) -> NDArray[np.bool_] | None:
+        """Which of those tokens count as labels; None: all of them."""
+        documents, starts = self._locate(np.array([sample]))
+        return self.dataset.learned(self._first_document + int(documents[0]), int(starts[0]) + start, count)
+
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
@@ -223,9 +151,10 @@ class DocumentDataset(MegatronDataset):
         predicted = self._predicted()
         short = np.count_nonzero(predicted < 1)
         overlong = np.count_nonzero(predicted > self.config.sequence_length)
+        noun = "documents" if self.config.conversations is None else "conversations"
         return (
-            f"{self.name}: {len(predicted):,} documents -> {self._pieces:,} sequences, longest {self.longest:,} "
-            f"tokens; {short:,} too short to predict anything and skipped, {overlong:,} longer than --seq-length "
+            f"{self.name}: {len(predicted):,} {noun} -> {self._pieces:,} sequences, longest {self.longest:,} "
+            f"tokens; {short:,} with nothing to predict and skipped, {overlong:,} longer than --seq-length "
             f"({self.config.overlong})"
         )
 
@@ -275,8 +204,10 @@ class DocumentDataset(MegatronDataset):
         """An array from the cache folder, where ranks of a node share it, as Megatron keeps its indices."""
         if self.dataset_path is None:
             return build()
-        folder = self.config.path_to_cache or os.path.join(self.dataset_path, "cache", type(self).__name__ + "_indices")
-        name = f"{self.unique_description_hash}-{_edition(self.dataset_path)}-{self.index_split.name}-{what}.npy"
+        kept = self.config.conversations
+        prefix = self.dataset_path if kept is None else kept[self.dataset_path]
+        folder = self.config.path_to_cache or os.path.join(prefix, "cache", type(self).__name__ + "_indices")
+        name = f"{self.unique_description_hash}-{_edition(prefix)}-{self.index_split.name}-{what}.npy"
         path = os.path.join(folder, name)
         if not os.path.exists(path):
             _save_whole(path, build())
@@ -342,7 +273,17 @@ class SampleSource:
 
     def read(self, sample: int, start: int, count: int) -> NDArray[Any]:
         """``count`` tokens of a sample from ``start``."""
+        part, sample = self._part_of(sample)
+        return part.read(sample, start, count)
+
+    def learned(self, sample: int, start: int, count: int) -> NDArray[np.bool_] | None:
+        """Which of those tokens count as labels; None: all of them."""
+        part, sample = self._part_of(sample)
+        return part.learned(sample, start, count)
+
+    def _part_of(self, sample: int) -> tuple[DocumentDataset, int]:
+        """The data set that holds a sample, and its number there."""
         if not isinstance(self._dataset, BlendedDataset):
-            return self._dataset.read(sample, start, count)
+            return self._dataset, sample
         part = self._dataset.datasets[self._dataset.dataset_index[sample]]
-        return part.read(int(self._dataset.dataset_sample_index[sample]), start, count)
+        return part, int(self._dataset.dataset_sample_index[sample])

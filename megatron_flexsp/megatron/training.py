@@ -17,7 +17,7 @@ from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.training import get_args, get_timers, print_rank_0
+from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
 from megatron.training import training as megatron_training
 from megatron.training.utils import get_blend_and_blend_per_split
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from megatron_flexsp.megatron.batches import (
     batches_from,
 )
 from megatron_flexsp.megatron.context import Context, build_context, on_cpu
+from megatron_flexsp.megatron.conversations import Tokenization, tokenize_all
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
 from megatron_flexsp.megatron.drift import DriftWatch, profile_command
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
@@ -225,6 +226,8 @@ class FlexSPTraining:
         """Collective: data first, then groups, then the iterators over planned batches."""
         args, settings = get_args(), self._settings
         datasets = _build_datasets(args, settings, num_samples)
+        # Megatron's evaluation would average over micro-batches instead of tokens, which depends on the plan.
+        args.sft = False
         sources = [SampleSource(dataset) if dataset is not None and len(dataset) else None for dataset in datasets]
         if args.eval_iters and sources[1] is None:
             raise FlexSPError(
@@ -354,6 +357,7 @@ def _build_datasets(args: Any, settings: Settings, num_samples: tuple[int, int, 
         blend = blend_per_split = None
         vocabulary = args.vocab_size or args.padded_vocab_size
         mock_documents = MockDocuments(mock_lengths(settings.mock_lengths, args.seq_length, args.seed), vocabulary)
+    conversations = _tokenize_conversations(args, blend, blend_per_split) if settings.sft else None
     config = DocumentDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -366,6 +370,7 @@ def _build_datasets(args: Any, settings: Settings, num_samples: tuple[int, int, 
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
         overlong=settings.overlong,
         mock_documents=mock_documents,
+        conversations=conversations,
         object_storage_cache_path=args.object_storage_cache_path,
     )
     try:
@@ -375,3 +380,21 @@ def _build_datasets(args: Any, settings: Settings, num_samples: tuple[int, int, 
         if isinstance(error.__cause__, FlexSPError):
             raise error.__cause__ from None
         raise
+
+
+def _tokenize_conversations(args: Any, blend: Any, blend_per_split: Any) -> dict[str, str]:
+    """Each file's tokenised conversations, made now where they are not there yet. Collective."""
+    blends = [blend, *(blend_per_split or [])]
+    paths = sorted({path for given in blends if given is not None for path in given[0]})
+    tokenizations = [
+        Tokenization(
+            path,
+            get_tokenizer(),
+            f"{args.tokenizer_model} {args.sft_tokenizer_prompt_format}",
+            args.data_cache_path,
+            args.num_workers,
+        )
+        for path in paths
+    ]
+    tokenize_all(tokenizations)
+    return {item.path: item.prefix for item in tokenizations}

@@ -4,6 +4,7 @@ Uses nothing of megatron_flexsp but the stand-in for CUDA and the sample order; 
 """
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ cpu.install()
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
-from megatron.training import arguments, get_args, initialize, training  # noqa: E402
+from megatron.training import arguments, get_args, get_tokenizer, initialize, training  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig  # noqa: E402
+from megatron_flexsp.megatron.training import _tokenize_conversations  # noqa: E402
 
 if "transformer_engine" in sys.argv:
     # The stand-in for it computes on the CPU, so the stand-in for CUDA needn't choose other kernels.
@@ -34,7 +36,28 @@ script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
 
-def one_by_one(dataset: DocumentDataset) -> Any:
+def targets_of(path: str) -> dict[tuple[int, ...], Any]:
+    """What Megatron's tokenizer has each conversation predict, by the tokens that fit a sequence."""
+    tokenizer, args, known = get_tokenizer(), get_args(), {}
+    for line in Path(path).read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        starts = [number for number, message in enumerate(messages) if message["role"] == "system"]
+        for start, stop in zip(starts, [*starts[1:], len(messages)], strict=True):
+            tokens, targets = tokenizer.tokenize_conversation(
+                messages[start:stop], return_target=True, add_generation_prompt=False
+            )
+            known[tuple(tokens[: args.seq_length + 1].tolist())] = torch.from_numpy(targets)
+    return known
+
+
+def loss_mask(text: torch.Tensor, known: dict[tuple[int, ...], Any]) -> torch.Tensor:
+    if not known:
+        return torch.ones(1, len(text) - 1)
+    targets = known[tuple(text.tolist())][1 : len(text)]
+    return ((targets != -100) & (targets != get_tokenizer().pad)).float()[None]
+
+
+def one_by_one(dataset: DocumentDataset, known: dict[tuple[int, ...], Any]) -> Any:
     # More than one data-parallel rank only where experts, or a loss, want several.
     ranks = parallel_state.get_data_parallel_world_size()
     for sample in range(parallel_state.get_data_parallel_rank(), len(dataset), ranks):
@@ -42,7 +65,7 @@ def one_by_one(dataset: DocumentDataset) -> Any:
         yield {
             "tokens": text[None, :-1],
             "labels": text[None, 1:],
-            "loss_mask": torch.ones(1, len(text) - 1),
+            "loss_mask": loss_mask(text, known),
             "position_ids": torch.arange(len(text) - 1)[None],
         }
 
@@ -53,8 +76,12 @@ def provider(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> 
     config = DocumentDatasetConfig(
         random_seed=args.seed, sequence_length=args.seq_length, blend=blend, split=args.split
     )
+    known = {}
+    if args.conversations:
+        known, config.overlong = targets_of(blend[0][0]), "truncate"
+        config.conversations = _tokenize_conversations(args, blend, None)
     train, _, _ = BlendedMegatronDatasetBuilder(DocumentDataset, list(num_samples), lambda: True, config).build()
-    return one_by_one(train), None, None
+    return one_by_one(train, known), None, None
 
 
 provider.is_distributed = True  # type: ignore[attr-defined]
@@ -69,6 +96,7 @@ def validate(args: Any, defaults: Any) -> Any:
     args.variable_seq_lengths = True
     args.moe_token_dispatcher_type = "alltoall"
     args.dataloader_type = "external"
+    args.conversations, args.sft = getattr(args, "sft", False), False
     return args
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.documents import DocumentDataset, SampleSource, StoredDocuments
+from megatron_flexsp.megatron.documents import DocumentDataset, SampleSource
+from megatron_flexsp.megatron.stored_documents import StoredDocuments
 from tests.megatron.stored import configuration, open_documents, texts, write
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), max_size=4), min_size=1, max_size=8)
@@ -77,14 +78,14 @@ def test_empty_documents_are_skipped_wherever_they_stand(empty: list[int], folde
     dataset = open_documents(prefix, 8)
     assert sorted(texts(dataset)) == [[0, 1], [2, 3, 4]]
     assert "6 documents -> 2 sequences" in dataset.describe()
-    assert "4 too short" in dataset.describe()
+    assert "4 with nothing to predict" in dataset.describe()
 
 
 def test_what_documents_became_is_told(folder: Path) -> None:
     write(folder / "told", [[1], [0], [10], [4]])
     told = open_documents(folder / "told", 4).describe()
     assert "4 documents -> 4 sequences, longest 4 tokens" in told
-    assert "2 too short to predict anything and skipped, 1 longer than --seq-length (split)" in told
+    assert "2 with nothing to predict and skipped, 1 longer than --seq-length (split)" in told
 
 
 def test_documents_that_predict_nothing_are_no_data_set(folder: Path) -> None:
@@ -193,7 +194,7 @@ class TestBrokenFiles:
     def test_missing(self, suffix: str, prefix: Path) -> None:
         os.remove(f"{prefix}{suffix}")
         with pytest.raises(FlexSPError, match=rf"--data-path {prefix}: {prefix}{suffix} is missing"):
-            StoredDocuments(str(prefix), configuration(4))
+            StoredDocuments(str(prefix))
 
     @pytest.mark.parametrize("suffix", [".idx", ".bin"])
     def test_truncated_anywhere(self, suffix: str, prefix: Path) -> None:
@@ -202,17 +203,17 @@ class TestBrokenFiles:
         for size in range(len(whole)):
             path.write_bytes(whole[:size])
             with pytest.raises(FlexSPError, match=rf"--data-path {prefix}: {path} has {size} bytes .* truncated"):
-                StoredDocuments(str(prefix), configuration(4))
+                StoredDocuments(str(prefix))
         path.write_bytes(whole)
-        assert len(StoredDocuments(str(prefix), configuration(4))) == 4
+        assert len(StoredDocuments(str(prefix))) == 4
 
     def test_no_index_at_all(self, prefix: Path) -> None:
         Path(f"{prefix}.idx").write_text("{}" * 100)
         with pytest.raises(FlexSPError, match=rf"{prefix}.idx is no Megatron index"):
-            StoredDocuments(str(prefix), configuration(4))
+            StoredDocuments(str(prefix))
 
     @pytest.mark.parametrize("documents", [[], [[], [0]]])
     def test_without_any_token(self, documents: list[list[int]], tmp_path: Path) -> None:
         write(tmp_path / "data", documents)
         with pytest.raises(FlexSPError, match=r"data.idx lists no tokens"):
-            StoredDocuments(str(tmp_path / "data"), configuration(4))
+            StoredDocuments(str(tmp_path / "data"))
