@@ -18,7 +18,7 @@ def package_version() -> str:
 
 
 # Planning and simulating: no torch, so that a laptop or another framework can use them.
-BASE = ["click>=8.1,<9", "highspy>=1.7,<2", "numpy>=1.26,<3", "rich>=13,<16"]
+BASE = ["click>=8.1,<9", "highspy>=1.7,<2", "numpy>=1.26,<3", "packaging>=23", "rich>=13,<16"]
 
 EXTRAS = {
     "train": [

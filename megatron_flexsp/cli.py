@@ -32,6 +32,7 @@ SUBCOMMANDS = {
     ),
     "report": Subcommand("megatron_flexsp.report.command", "report_command", "Show what happened in a run."),
     "profile": Subcommand("megatron_flexsp.profiler.command", "profile", "Measure a job and write its cost model."),
+    "doctor": Subcommand("megatron_flexsp.doctor.command", "doctor_command", "Examine the installation and a job."),
     "prepare": Subcommand("megatron_flexsp.prepare.command", "prepare", "Make a Megatron data set from text."),
 }
 

@@ -22,14 +22,20 @@ from megatron_flexsp.planner import CostModel
 _INFINIBAND = Path("/sys/class/infiniband")
 
 
-def describe_machine() -> dict[str, Any]:
-    """Device, network, versions and date."""
+def installed_versions() -> dict[str, str]:
+    """Of everything that the costs of a step may depend on, by package."""
     versions = {"megatron-flexsp": __version__, "megatron": megatron_version(), "torch": torch.__version__}
     for package in ("transformer-engine", "numpy", "highspy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    return versions
+
+
+def describe_machine() -> dict[str, Any]:
+    """Device, network, versions and date."""
+    versions = installed_versions()
     if on_cpu():
         device = f"{os.cpu_count()} cores, {platform.machine()}"
     else:

@@ -32,7 +32,7 @@ class StoredDocuments:
                 storage = ObjectStorageConfig(path_to_idx_cache=index_cache)
                 self._indexed = IndexedDataset(prefix, mmap=False, object_storage_config=storage)
             else:
-                _check_files(prefix)
+                check_files(prefix)
                 self._indexed = IndexedDataset(prefix, mmap=memory_map)
         except FlexSPError as error:
             raise FlexSPError(f"--data-path {prefix}: {error}") from None
@@ -66,8 +66,14 @@ class StoredDocuments:
         return None
 
 
-def _check_files(prefix: str) -> None:
-    """Refuse files that are missing or cut off. Megatron's reader would fail halfway, and leave stacks behind."""
+def check_files(prefix: str) -> None:
+    """Refuse files that are missing or cut off. Megatron's reader would fail halfway, and leave stacks behind.
+
+    Raises
+    ------
+    FlexSPError
+        Names the file, what it has and what it needs.
+    """
     index_path, data_path = f"{prefix}.idx", f"{prefix}.bin"
     for path in (index_path, data_path):
         if not os.path.isfile(path):

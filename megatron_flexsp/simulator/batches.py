@@ -5,9 +5,11 @@ Only lengths are read: of a data set its index, never its tokens.
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,39 +25,80 @@ OVERLONG = ("split", "truncate", "drop")
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 
+_STRETCH = 1024
+"""Documents that are read in a row where not all are read."""
 
-def read_document_lengths(prefix: str) -> Lengths:
-    """Tokens that each document of a Megatron data set predicts: all but its first.
 
-    Parameters
-    ----------
-    prefix
-        The data set's path without ``.idx`` and ``.bin``, as ``--data-path`` takes it.
+def count_documents(prefix: str) -> int:
+    """How many documents a Megatron data set has, from the first bytes of its index.
 
     Raises
     ------
     FlexSPError
         If the index is missing, is none, or is cut off.
     """
+    with _opened(prefix) as stream:
+        return _read_header(stream, prefix)[1] - 1
+
+
+def read_document_lengths(prefix: str, at_most: int | None = None) -> Lengths:
+    """Tokens that each document of a Megatron data set predicts: all but its first.
+
+    Parameters
+    ----------
+    prefix
+        The data set's path without ``.idx`` and ``.bin``, as ``--data-path`` takes it.
+    at_most
+        Of a larger data set read only about so many documents, in stretches from all over it.
+
+    Raises
+    ------
+    FlexSPError
+        If the index is missing, is none, or is cut off.
+    """
+    with _opened(prefix) as stream:
+        sequences, documents = _read_header(stream, prefix)
+        needed = _INDEX_HEADER.size + 12 * sequences + 8 * documents
+        if os.fstat(stream.fileno()).st_size < needed:
+            raise FlexSPError(f"{prefix}.idx is truncated. Copy or make it again")
+        # Mapped, so that a stretch costs no more than itself.
+        whole = np.memmap(stream, dtype=np.uint8, mode="r")
+    at = _INDEX_HEADER.size
+    sequence_tokens = whole[at : at + 4 * sequences].view("<i4")
+    first_sequences = whole[needed - 8 * documents : needed].view("<i8")
+    count = documents - 1
+    if at_most is None or count <= at_most:
+        stretches = [(0, count)]
+    else:
+        starts = np.linspace(0, count - _STRETCH, max(1, at_most // _STRETCH)).astype(np.int64)
+        stretches = [(int(start), int(start) + _STRETCH) for start in np.maximum(starts, 0)]
+    parts = []
+    for start, stop in stretches:
+        first = np.asarray(first_sequences[start : min(stop, count) + 1])
+        tokens = np.asarray(sequence_tokens[first[0] : first[-1]])
+        ends = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
+        parts.append(np.diff(ends[first - first[0]]) - 1)
+    predicted = np.concatenate(parts)
+    return predicted[predicted > 0]
+
+
+def _opened(prefix: str) -> BinaryIO:
     path = Path(f"{prefix}.idx")
     try:
-        with path.open("rb") as stream:
-            header = stream.read(_INDEX_HEADER.size)
-            if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
-                raise FlexSPError(f"{path} is no Megatron index; make the data set again")
-            _, _, _, sequences, documents = _INDEX_HEADER.unpack(header)
-            sequence_tokens = np.fromfile(stream, dtype="<i4", count=sequences)
-            stream.seek(8 * sequences, 1)
-            first_sequences = np.fromfile(stream, dtype="<i8", count=documents)
+        return path.open("rb")
     except OSError as error:
         raise FlexSPError(
             f"{path}: cannot read ({error.strerror}); give the path of the data set without .idx or .bin"
         ) from None
-    if len(sequence_tokens) < sequences or len(first_sequences) < documents:
-        raise FlexSPError(f"{path} is truncated. Copy or make it again")
-    ends = np.concatenate([[0], np.cumsum(sequence_tokens, dtype=np.int64)])[first_sequences]
-    predicted = np.diff(ends) - 1
-    return predicted[predicted > 0]
+
+
+def _read_header(stream: BinaryIO, prefix: str) -> tuple[int, int]:
+    """How many sequences, and how many documents and one."""
+    header = stream.read(_INDEX_HEADER.size)
+    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+        raise FlexSPError(f"{prefix}.idx is no Megatron index; make the data set again")
+    _, _, _, sequences, documents = _INDEX_HEADER.unpack(header)
+    return sequences, documents
 
 
 def with_longest(lengths: Lengths, longest: int | None, overlong: str) -> Lengths:

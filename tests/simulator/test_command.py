@@ -84,6 +84,15 @@ def test_a_data_set_gives_the_tokens_that_its_documents_predict(tmp_path):
     assert read_document_lengths(str(tmp_path / "corpus")).tolist() == [4, 6, 89]
 
 
+def test_of_a_large_data_set_stretches_from_all_over_it_can_be_read(tmp_path):
+    write_index(tmp_path / "large.idx", [[2, index] for index in range(10_000)])  # predicts index + 1 tokens
+    read = read_document_lengths(str(tmp_path / "large"), at_most=3072)
+    assert len(read) == 3072
+    assert len(set(read)) == 3072
+    assert (read.min(), read.max()) == (1, 10_000)
+    assert len(read_document_lengths(str(tmp_path / "large"), at_most=10_000)) == 10_000
+
+
 def test_a_data_set_in_the_place_of_lengths(tmp_path):
     write_index(tmp_path / "corpus.idx", [[100 + index] for index in range(50)])
     result = run("--data-path", tmp_path / "corpus", *COMMON, "--compare", "nested")

@@ -1,0 +1,192 @@
+"""What FlexSP would do with a job: the cost model that it plans by, what fits, and the plan of one batch."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from megatron_flexsp.doctor.data import Corpus
+from megatron_flexsp.doctor.findings import Finding, error, ok, warning
+from megatron_flexsp.doctor.inside import Request
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron.arguments import Settings
+from megatron_flexsp.megatron.context import narrowest_degree, plan_request, token_capacity
+from megatron_flexsp.megatron.estimate import estimate_cost_model
+from megatron_flexsp.megatron.provenance import check_same_job, installed_versions
+from megatron_flexsp.planner import CostModel
+from megatron_flexsp.profiler.record import check_writable
+
+_SECONDS_A_PLAN = 0.5
+_MOST_SEQUENCES, _MOST_RANKS = 8192, 1024
+"""Larger batches and domains take longer than a doctor may."""
+
+_WORTH_IT = 1.02
+
+
+def examine_cost_model(
+    args: argparse.Namespace, settings: Settings, request: Request, vocabulary: int | None
+) -> Generator[Finding, None, CostModel]:
+    """Where the costs come from, and whether they are this job's; returns them."""
+    if settings.profile is not None:
+        try:
+            check_writable(settings.profile)
+            yield ok("profile", f"this run measures, trains nothing, and writes {settings.profile}")
+        except FlexSPError as problem:
+            yield error("profile", *_in_two(str(problem).partition(": ")[2]))
+    measured = settings.cost_model
+    if measured is None:
+        yield from _examine_estimate(args, request, vocabulary)
+        estimated = copy.copy(args)
+        estimated.padded_vocab_size = vocabulary or 0
+        return estimate_cost_model(
+            estimated,
+            settings.degrees,
+            gpu=None if request.cpu else (request.gpu_capability[0], request.gpu_memory_bytes),
+            ranks_per_node=request.ranks_per_node,
+            micro_batches_in_flight=settings.micro_batches_in_flight,
+        )
+    path = args.flexsp_cost_model
+    if not measured.measurement:
+        yield warning(
+            "cost-model",
+            f"{path} does not say on which job and machine it was measured",
+            "make sure that it was this model on this cluster, or measure with --flexsp-profile",
+        )
+        return measured
+    try:
+        check_same_job(args, measured, settings.domain_size)
+    except FlexSPError as problem:
+        yield error("cost-model", str(problem).rpartition(". ")[0], "measure this job with --flexsp-profile")
+        return measured
+    yield _examine_origin(path, measured.measurement, request.gpu_name)
+    return measured
+
+
+def _examine_estimate(args: argparse.Namespace, request: Request, vocabulary: int | None) -> Iterator[Finding]:
+    found = "none given: costs are estimated from the model's arguments"
+    remedy = "measure: run the job once with --flexsp-profile cost_model.json, then train with --flexsp-cost-model"
+    if request.gpu_is_assumed and not request.cpu:
+        remedy += "; --gpu-memory-gib says what a GPU has"
+        found += f" and {request.gpu_memory_bytes / 2**30:.0f} GiB a GPU, assumed since none is here"
+    if vocabulary is None:
+        found += ", without the vocabulary, whose size only the tokenizer knows"
+    yield warning("cost-model", found, remedy)
+
+
+def _examine_origin(path: str, measurement: Any, gpu_name: str | None) -> Finding:
+    """When and on what it was measured, and with which versions; ``gpu_name`` is None where there is none here."""
+    date, device = measurement.get("date"), measurement.get("device", "an unknown device")
+    age = ""
+    if isinstance(date, str):
+        try:
+            days = (datetime.now(UTC) - datetime.fromisoformat(date)).days
+            age = f", {days} days ago"
+        except (ValueError, TypeError):
+            pass
+    found = f"{path}: measured on this job's shape, {device}{age}"
+    then, now = measurement.get("versions") or {}, installed_versions()
+    changed = [f"{name} {then[name]}, here {now[name]}" for name in now if name in then and then[name] != now[name]]
+    if gpu_name is not None and device != gpu_name:
+        changed.insert(0, f"{device}, here {gpu_name}")
+    if changed:
+        return warning("cost-model", f"{found}; since then changed: {'; '.join(changed)}", "measure again")
+    return ok("cost-model", found)
+
+
+def examine_capacity(
+    args: argparse.Namespace, settings: Settings, cost_model: CostModel, corpus: Corpus | None
+) -> Generator[Finding, None, None]:
+    """What a rank holds, the groups that the lengths need, and the plan of one batch."""
+    try:
+        capacity = token_capacity(settings, cost_model)
+    except FlexSPError as problem:
+        yield error("capacity", *_in_two(str(problem)))
+        return
+    per_slice = capacity // settings.slice_multiple * settings.slice_multiple
+    widest = max(settings.degrees, default=1)
+    holds = (
+        f"{capacity:,} tokens a rank and micro-batch; the widest group, {widest} ranks, holds {widest * per_slice:,}"
+    )
+    if corpus is None:
+        yield ok("capacity", holds)
+        return
+    longest = min(args.seq_length, int(corpus.sequences.max()))
+    if corpus.is_sample:
+        longest = args.seq_length  # what was not read may be as long as it gets
+    try:
+        narrowest = narrowest_degree(settings, capacity, longest, corpus.name)
+    except FlexSPError as problem:
+        found, _, remedy = str(problem).partition(" in all. ")
+        yield error("capacity", f"{found} in all", remedy[:1].lower() + remedy[1:])
+        return
+    yield ok("capacity", f"{holds}; the longest sequence, {longest:,} tokens, needs {narrowest}")
+    yield _examine_degrees_needed(settings, per_slice, corpus)
+    try:
+        yield _examine_plan(args, settings, cost_model, capacity, narrowest, corpus)
+    except FlexSPError as problem:
+        yield error("plan", str(problem), "the numbers above say what is too small")
+
+
+def _examine_degrees_needed(settings: Settings, per_slice: int, corpus: Corpus) -> Finding:
+    """Which share of sequences and tokens needs which degree at least."""
+    needed = np.searchsorted(np.array(settings.degrees) * per_slice, corpus.sequences)
+    tokens = corpus.sequences.sum()
+    shares = []
+    for place, degree in enumerate(settings.degrees):
+        chosen = corpus.sequences[needed == place]
+        if len(chosen):
+            shares.append(
+                f"{degree}: {len(chosen) / len(corpus.sequences):.2%} of the sequences, {chosen.sum() / tokens:.1%} of "
+                "the tokens"
+            )
+    return ok("degrees-needed", "; ".join(shares))
+
+
+def _examine_plan(
+    args: argparse.Namespace,
+    settings: Settings,
+    cost_model: CostModel,
+    capacity: int,
+    narrowest: int,
+    corpus: Corpus,
+) -> Finding:
+    """One batch of the job's own lengths, planned, against the static degree that they need."""
+    size = args.global_batch_size
+    advice = "flexsp simulate compares all schedules on many batches"
+    if size > _MOST_SEQUENCES or settings.domain_size > _MOST_RANKS:
+        return ok("plan", f"{size:,} sequences on {settings.domain_size:,} ranks are too many for a glance; {advice}")
+    generator = np.random.default_rng(args.seed)
+    batch = generator.choice(corpus.sequences, size, replace=size > len(corpus.sequences))
+    request = replace(plan_request(settings, cost_model, capacity, narrowest), time_limit_seconds=_SECONDS_A_PLAN)
+    made = request.make(batch)
+    degrees = Counter(item.degree for item in made.micro_batches if not item.is_filler)
+    text = ", ".join(f"{count} x {degree}" for degree, count in sorted(degrees.items(), reverse=True))
+    plan = f"micro-batches of each degree in one batch: {text}; {made.predicted_seconds:.3g} s predicted"
+    if settings.schedule in ("static", "batch-adaptive"):
+        return ok("plan", plan)
+    divisors = [degree for degree in settings.degrees if degree >= narrowest and settings.domain_size % degree == 0]
+    if not divisors:
+        return ok("plan", plan)
+    options = {**request.options, "schedule": "static", "static_degree": divisors[0]}
+    static = replace(request, options=options).make(batch)
+    gain = static.predicted_seconds / made.predicted_seconds
+    found = f"{plan}, {gain:.2f} times as fast as static groups of {divisors[0]} if the cost model holds"
+    if gain < _WORTH_IT:
+        return warning("plan", found, f"there is little to gain on this data; {advice}")
+    return ok("plan", f"{found}; {advice}")
+
+
+def _in_two(message: str) -> tuple[str, str]:
+    """A message of this package as what was found and what to do."""
+    for mark in ("; ", ": "):
+        found, _, remedy = message.partition(mark)
+        if remedy:
+            return found, remedy
+    return message, "give --flexsp-max-tokens-per-rank"
