@@ -7,6 +7,7 @@ Megatron compiles as it is imported is left uncompiled, since nothing is compute
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_flexsp.doctor.findings import Finding, error, ok
+from megatron_flexsp.doctor.findings import Finding, error, ok, warning
 from megatron_flexsp.errors import FlexSPError
 
 Say = Callable[[str], None]
@@ -54,7 +55,7 @@ class Request:
 
 def examine(request: Request, say: Say) -> Iterator[Finding]:
     """Everything that needs PyTorch and Megatron."""
-    from megatron_flexsp.megatron import seams
+    from megatron_flexsp.megatron import releases, seams
 
     if request.script is not None:  # as the launcher does: a checkout's own Megatron is found first
         sys.path.insert(0, os.path.dirname(os.path.abspath(request.script)))
@@ -73,15 +74,14 @@ def examine(request: Request, say: Say) -> Iterator[Finding]:
             reason = f"{type(problem).__name__}: {problem}"
             yield error(f"import-{name}", f"{name} can't be imported: {reason}", _import_remedy(name, reason))
             return
-    import megatron.core
-
-    folder = os.path.dirname(next(iter(megatron.core.__path__)))
     if found:
         seconds = time.monotonic() - started
-        yield ok(
-            "megatron",
-            f"{found.partition('+')[0]} in {os.path.dirname(folder)}; imported with PyTorch in {seconds:.1f} s",
-        )
+        about = f"{found.partition('+')[0]} in {seams.location().parents[1]}; imported with PyTorch in {seconds:.1f} s"
+        if seams.warning() is None:
+            yield ok("megatron", f"{about} (tried: {releases.RANGE})")
+        else:
+            remedy = "training goes on where all patch points fit; compare the first losses with a tried release's"
+            yield warning("megatron", f"{about}; tried: {releases.RANGE}", remedy)
     yield from _examine_transformer_engine(say)
     yield from _examine_patch_points(request, say)
     if request.words is not None:
@@ -158,11 +158,16 @@ def _examine_transformer_engine(say: Say) -> Iterator[Finding]:
 def _examine_patch_points(request: Request, say: Say) -> Iterator[Finding]:
     """The launcher's own list, resolved as the launcher does."""
     from megatron_flexsp.megatron import plugin
+    from megatron_flexsp.megatron.seams import Seam
 
     say("looking at the patch points")
     profiles = any(word.split("=")[0] == "--flexsp-profile" for word in request.words or ())
-    seams = [plugin.flags_seam(), *plugin.training_seams(profiles)]
+    seams: list[Seam] = []
     problems = []
+    try:
+        seams = [*plugin.flags_seams(), *plugin.training_seams(profiles)]
+    except FlexSPError as problem:
+        problems.append(str(problem))
     for seam in seams:
         try:
             seam.resolve()
@@ -179,6 +184,7 @@ def main() -> None:
     lines = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     # Megatron and the libraries under it print; that goes to stderr, which is shown only where something fails.
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    gc.disable()  # imports make much that stays; a tenth of their time
     request = Request.from_json(sys.stdin.read())
 
     def write(**line: object) -> None:
