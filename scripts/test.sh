@@ -44,7 +44,7 @@ step() {
 
 check_shell_syntax() {
     local script
-    for script in scripts/*.sh .ci/run; do
+    for script in scripts/*.sh scripts/slurm/* .ci/run; do
         bash -n "$script"
     done
 }
