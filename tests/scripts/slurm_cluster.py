@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -16,7 +16,6 @@ import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 SECONDS_TO_START = 30.0
-FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 _CONFIGURATION = """
 ClusterName=flexsp
@@ -30,11 +29,11 @@ SlurmdSpoolDir={folder}/%n
 StateSaveLocation={folder}/state
 SlurmUser=root
 AuthType=auth/munge
-# A requeued job waits until the credentials of its last run have expired: two minutes where this isn't set.
-AuthInfo=socket={folder}/munge.socket,cred_expire=1
+AuthInfo=socket={folder}/munge.socket
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
+SchedulerParameters=batch_sched_delay=0
 SwitchType=switch/none
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
@@ -53,6 +52,10 @@ def why_not() -> str | None:
         return "SLURM's daemons are started as root"
     missing = [program for program in PROGRAMS if _find(program) is None]
     return f"not installed: {', '.join(missing)}" if missing else None
+
+
+def _has_ended(shown: dict[str, str]) -> bool:
+    return shown["JobState"] in {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 
 
 def _find(program: str) -> str | None:
@@ -158,12 +161,19 @@ class Cluster:
         """What ``scontrol show job`` says of a job."""
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", job).stdout))
 
-    def wait(self, job: str, timeout_seconds: float = 120.0) -> dict[str, str]:
-        """Wait for the end of a job."""
+    def wait(
+        self, job: str, until: Callable[[dict[str, str]], bool] = _has_ended, timeout_seconds: float = 120.0
+    ) -> dict[str, str]:
+        """Wait for the end of a job, or for what ``until`` says of it; return what SLURM then shows."""
         deadline = time.monotonic() + timeout_seconds
-        while (shown := self.show(job))["JobState"] not in FINISHED:
-            assert time.monotonic() < deadline, f"job {job} has not ended: {shown}"
-            time.sleep(0.2)
+        hurried = None
+        while not until(shown := self.show(job)):
+            assert time.monotonic() < deadline, f"job {job}: {shown}"
+            if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime" and hurried != shown["Restarts"]:
+                # SLURM has a requeued job wait for two minutes. It needs one second: its credential has to be newer.
+                hurried = shown["Restarts"]
+                self.call("scontrol", "update", f"JobId={job}", "StartTime=now+1", check=False)
+            time.sleep(0.1)
         return shown
 
 
@@ -178,12 +188,9 @@ def _free_ports(count: int) -> list[int]:
             one.close()
 
 
-def _wait_for(condition, what: str, log: Path) -> None:
+def _wait_for(condition: Callable[[], bool], what: str, log: Path) -> None:
     deadline = time.monotonic() + SECONDS_TO_START
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError(f"{what} does not start: {log.read_text() if log.exists() else 'no log'}")
         time.sleep(0.1)
-
-
-def _unused(_: Sequence[str]) -> None: ...
