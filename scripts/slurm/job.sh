@@ -13,7 +13,8 @@
 #     FLEXSP_DEVICE=cpu        no GPUs, as --cpu before the script's name
 #     FLEXSP_CONTAINER         image for pyxis and enroot, such as nvcr.io#nvidia/pytorch:25.08-py3 or a .sqsh file
 #     FLEXSP_MOUNTS            what the container sees beside this clone, the working directory and the logs: A:A,B:B
-#     MASTER_ADDR, MASTER_PORT where rank 0 listens (the first node's address in SLURM, a port made of the job's id)
+#     FLEXSP_MASTER_ADDR       where rank 0 listens (the first node's address in SLURM)
+#     FLEXSP_MASTER_PORT       its port (made of the job's id)
 
 flexsp_root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P)
 
@@ -61,13 +62,13 @@ _flexsp_prepare() {
         FLEXSP_DEVICE=cpu
         script=${2-}
     fi
-    [ -n "$script" ] || _flexsp_refuse "no arguments: sbatch --nodes 2 $0 pretrain_gpt.py <its arguments>"
+    [ -n "$script" ] || _flexsp_refuse "no arguments: sbatch --nodes 2 train.sbatch pretrain_gpt.py <its arguments>"
     if [ -z "${FLEXSP_CONTAINER:-}" ]; then
         [ -f "$script" ] || _flexsp_refuse "$script: no such script in $PWD; give the path of Megatron-LM's pretrain_gpt.py"
         PYTHONPATH=$flexsp_root${PYTHONPATH:+:$PYTHONPATH} "$flexsp_python" -c \
-            'import importlib.util as u, sys; sys.exit(any(u.find_spec(m) is None for m in ("torch", "megatron")))' ||
-            _flexsp_refuse "$flexsp_python on $(hostname) does not run or has no torch and Megatron: activate the" \
-                "environment before sbatch, or set FLEXSP_PYTHON"
+            'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
+            _flexsp_refuse "$flexsp_python on $(hostname) does not run or has no torch: activate the environment" \
+                "before sbatch, or set FLEXSP_PYTHON"
     fi
     if [ "${FLEXSP_DEVICE:-}" = cpu ]; then
         flexsp_ranks=${FLEXSP_RANKS_PER_NODE:-1}
@@ -76,14 +77,15 @@ _flexsp_prepare() {
         [ -n "$flexsp_ranks" ] || _flexsp_refuse "this job has no GPUs: sbatch --gpus-per-node N (or" \
             "FLEXSP_RANKS_PER_NODE=N where SLURM doesn't count them, FLEXSP_DEVICE=cpu to run without)"
     fi
-    if [ -z "${MASTER_ADDR:-}" ]; then
+    flexsp_address=${FLEXSP_MASTER_ADDR:-}
+    if [ -z "$flexsp_address" ]; then
         # The address at which SLURM itself reaches the node: a node's name need not resolve.
         head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-        MASTER_ADDR=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-        MASTER_ADDR=${MASTER_ADDR:-$head}
+        flexsp_address=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+        flexsp_address=${flexsp_address:-$head}
     fi
     # Below the ports that Linux hands out by itself. Another one for each restart: the last may still be taken.
-    MASTER_PORT=${MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 16 + flexsp_restart % 16) % 12000))}
+    flexsp_port=${FLEXSP_MASTER_PORT:-$((20000 + (SLURM_JOB_ID * 16 + flexsp_restart % 16) % 12000))}
     mkdir -p -- "$flexsp_logs/$flexsp_restart" || _flexsp_refuse "$flexsp_logs can't be made; set FLEXSP_LOGS"
 }
 
@@ -166,7 +168,7 @@ _flexsp_run() {
     # from restart to restart. The c10d backend would number the nodes as they arrive.
     torchrun=("$flexsp_python" -m torch.distributed.run
         --nnodes "$SLURM_NNODES" --nproc-per-node "$flexsp_ranks"
-        --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --rdzv-id "$SLURM_JOB_ID-$flexsp_restart"
+        --master-addr "$flexsp_address" --master-port "$flexsp_port" --rdzv-id "$SLURM_JOB_ID-$flexsp_restart"
         --tee 3 --local-ranks-filter "$console")
     if [ -n "${FLEXSP_CONTAINER:-}" ]; then
         # shellcheck disable=SC2054  # pyxis's lists have commas
@@ -175,7 +177,7 @@ _flexsp_run() {
             --container-mounts "$flexsp_root:$flexsp_root,$PWD:$PWD,$flexsp_logs:$flexsp_logs${FLEXSP_MOUNTS:+,$FLEXSP_MOUNTS}"
             --container-env PYTHONPATH,CUDA_DEVICE_MAX_CONNECTIONS,NCCL_NVLS_ENABLE,NCCL_DEBUG,PYTORCH_CUDA_ALLOC_CONF)
     fi
-    _flexsp_say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $flexsp_ranks ranks, rank 0 at $MASTER_ADDR:$MASTER_PORT"
+    _flexsp_say "$SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $flexsp_ranks ranks, rank 0 at $flexsp_address:$flexsp_port"
     _flexsp_say "logs of all ranks: $flexsp_logs/$flexsp_restart"
 
     flexsp_signalled=''
@@ -238,7 +240,7 @@ flexsp_train() {
         exit "$flexsp_status"
     fi
     load=$(_flexsp_option --load "$@")
-    if [ -n "$load" ] && [ "$load" != "$save" ]; then
+    if [ -n "$load" ] && [ "$(realpath -m -- "$load")" != "$(realpath -m -- "$save")" ]; then
         _flexsp_refuse "--load $load: a requeued run goes on from --save $save. To begin with another model, give it" \
             "with --pretrained-checkpoint"
     fi
