@@ -92,11 +92,13 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     )
     domains: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(domains, dist.get_process_group_ranks(domain_group), group=hosts_group)
+    is_static = settings.schedule == "static" and settings.profile is None
+    used = (narrowest,) if is_static else settings.degrees
     groups = GroupPool(
         domains=sorted({tuple(domain) for domain in domains}),
         blocks=[
             (first_rank, degree)
-            for degree in sorted({1, *settings.degrees})
+            for degree in sorted({1, *used})  # fillers have one rank
             for first_rank in first_ranks(degree, settings.domain_size)
         ],
         create=lambda ranks: parallel_state.create_group(ranks, timeout=timeout, group_desc="FLEXSP_BLOCK"),
@@ -104,7 +106,7 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         query_heads=settings.query_heads,
     )
     device = torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
-    if any(ring_size_of(degree, settings.query_heads) > 1 for degree in settings.degrees):
+    if any(ring_size_of(degree, settings.query_heads) > 1 for degree in used):
         check_block_attention(device, args.params_dtype, args.kv_channels)
     groups.warm_up(device)
     channel = PlanChannel(hosts_group)

@@ -44,9 +44,11 @@ def assert_equal(run: Run, reference: Run) -> None:
 
 @pytest.mark.parametrize("plan", [NESTED, UNEQUAL, STATIC, LOCKSTEP, EACH_ALONE])
 def test_any_plan_equals_the_unpacked_run(plan: str, train: Callable, reference: Callable) -> None:
-    schedule = {STATIC: "static", LOCKSTEP: "lockstep"}.get(plan, "nested")
-    run = train(4, *GQA, "--flexsp-schedule", schedule, plan=plan, gradients=True)
+    schedules = {STATIC: ("static", "--flexsp-static-degree", "2"), LOCKSTEP: ("lockstep",)}
+    run = train(4, *GQA, "--flexsp-schedule", *schedules.get(plan, ("nested",)), plan=plan, gradients=True)
     assert_equal(run, reference(1, *GQA))
+    # Groups of two, and Megatron's own group of all four; a static plan needs the groups of its degree alone.
+    assert f"; {1 if plan == STATIC else 2} communicators on this rank" in run.output
 
 
 def test_distributed_optimizer_with_both_overlaps(train: Callable, reference: Callable) -> None:
