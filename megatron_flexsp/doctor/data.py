@@ -16,8 +16,10 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from numpy.typing import NDArray
 
 from megatron_flexsp.doctor.findings import Finding, error, ok, warning
+from megatron_flexsp.doctor.tokenizer import examine_tokenizer
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
+from megatron_flexsp.megatron.conversations import tokenization_of
 from megatron_flexsp.megatron.mock_documents import mock_lengths
 from megatron_flexsp.megatron.stored_documents import check_files
 from megatron_flexsp.simulator.batches import count_documents, read_document_lengths, with_longest
@@ -28,6 +30,10 @@ _DOCUMENTS_READ = 1_000_000
 """Of all data sets together: reading the lengths of a whole web corpus takes longer than a doctor may."""
 
 _TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class _NotTokenizedError(Exception):
+    """The lengths of conversations are not known yet."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Corpus:
 def examine_files(args: argparse.Namespace) -> Generator[Finding, None, None]:
     """Data sets, tokenizer and the checkpoint to go on from."""
     yield from _examine_data_sets(args)
-    yield from _examine_tokenizer(args)
+    yield from examine_tokenizer(args)
     yield from _examine_load(args)
 
 
@@ -76,6 +82,9 @@ def _examine_data_sets(args: argparse.Namespace) -> Iterator[Finding]:
             yield warning("data", f"{prefix}: object storage is not looked at", "the job will")
             continue
         try:
+            if getattr(args, "sft", False):
+                _check_conversations(prefix)
+                continue
             check_files(prefix)
             if not os.access(f"{prefix}.bin", os.R_OK):
                 raise FlexSPError(f"{prefix}.bin can't be read; correct its permissions")
@@ -87,73 +96,17 @@ def _examine_data_sets(args: argparse.Namespace) -> Iterator[Finding]:
         yield ok("data", f"{prefixes[0]}" + (f" and {len(prefixes) - 1} more" if len(prefixes) > 1 else ""))
 
 
-def _examine_tokenizer(args: argparse.Namespace) -> Iterator[Finding]:
-    """Whether the files that a tokenizer needs are there; it is not loaded."""
-    kind = args.tokenizer_type or "GPT2BPETokenizer"
-    if kind.startswith("Null"):
-        if args.vocab_size is None:
-            yield error("tokenizer", f"{kind} without --vocab-size", "give the size of the vocabulary")
-        else:
-            yield ok("tokenizer", f"{kind}, {args.vocab_size:,} tokens")
-        return
-    if kind in ("GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase"):
-        needed = {"--vocab-file": args.vocab_file}
-        if kind == "GPT2BPETokenizer":
-            needed["--merge-file"] = args.merge_file
-    else:
-        needed = {"--tokenizer-model": args.tokenizer_model}
-    for flag, path in needed.items():
-        if path is None:
-            yield error("tokenizer", f"{kind} without {flag}", "give it, or another --tokenizer-type")
-        elif not os.path.exists(path):
-            if kind == "HuggingFaceTokenizer" and _is_hub_name(path):
-                yield from _examine_hub_name(path)
-            else:
-                yield error("tokenizer", f"{flag} {path} is not there", "correct the path")
-        else:
-            yield ok("tokenizer", f"{kind}: {path}")
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~"))
-
-
-def _examine_hub_name(name: str) -> Iterator[Finding]:
-    """A name on the Hugging Face hub: the ranks must reach it, or find it in the cache."""
-    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    if os.path.isdir(os.path.join(cache, "models--" + name.replace("/", "--"))):
-        yield ok("tokenizer", f"{name} in the cache {cache}")
-    else:
-        yield warning(
-            "tokenizer",
-            f"{name} is not in the cache {cache}, so every rank asks the Hugging Face hub for it",
-            "download it before the job starts if its nodes reach no internet; or is it a path that is not there?",
-        )
-
-
-def vocabulary_size(args: argparse.Namespace) -> int | None:
-    """The vocabulary that the model will have, padded as Megatron pads it; None where only the tokenizer knows."""
-    if getattr(args, "padded_vocab_size", None):
-        return int(args.padded_vocab_size)
-    size = args.vocab_size or _counted(args.vocab_file) or _counted(args.tokenizer_model)
-    if size is None:
-        return None
-    multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
-    return -(-int(size) // multiple) * multiple
-
-
-def _counted(path: str | None) -> int | None:
-    """Tokens of a vocabulary in JSON, or in the folder of a Hugging Face tokenizer."""
-    if path is None:
-        return None
-    with suppress(OSError, ValueError, AttributeError, KeyError):
-        if not os.path.isdir(path):
-            return len(json.loads(Path(path).read_text(encoding="utf-8")))
-        tokenizer = json.loads(Path(path, "tokenizer.json").read_text(encoding="utf-8"))
-        ids = [*tokenizer["model"]["vocab"].values(), *(item["id"] for item in tokenizer.get("added_tokens", ()))]
-        return max(ids) + 1
-    return None
+def _check_conversations(path: str) -> None:
+    """Refuse what --sft could not read, by its first line."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            first = json.loads(stream.readline())
+    except OSError as problem:
+        raise FlexSPError(f"{path}: cannot read ({problem.strerror}); --sft takes a file of JSON lines") from None
+    except ValueError as problem:
+        raise FlexSPError(f"{path}: line 1 is no JSON ({problem}); --sft takes a file of JSON lines") from None
+    if not isinstance(first, dict) or "messages" not in first:
+        raise FlexSPError(f"{path}: line 1 has no messages; each line is to be an object with a list of them")
 
 
 def examine_steps(args: argparse.Namespace) -> Generator[Finding, None, None]:
@@ -198,6 +151,11 @@ def examine_lengths(args: argparse.Namespace, settings: Settings) -> Generator[F
     """What the documents become; returns the corpus, or None where there is none to read."""
     try:
         documents, name, total = _documents(args, settings)
+    except _NotTokenizedError as problem:
+        yield ok(
+            "lengths", f"{problem}: its conversations are tokenised at the first start, and their lengths known then"
+        )
+        return None
     except (FlexSPError, OSError) as problem:
         if args.mock_data:
             yield error("lengths", str(problem), "correct --flexsp-mock-lengths")
@@ -239,7 +197,7 @@ def _documents(args: argparse.Namespace, settings: Settings) -> tuple[Lengths, s
         lengths = mock_lengths(settings.mock_lengths, args.seq_length, args.seed)
         return lengths, "mock data", len(lengths)
     blends = [
-        (prefix, None if weights is None else weights[place])
+        (_index_of(args, prefix), None if weights is None else weights[place])
         for prefixes, weights in _blends(args)[:1]
         for place, prefix in enumerate(prefixes)
         if not is_object_storage_path(prefix)
@@ -253,6 +211,16 @@ def _documents(args: argparse.Namespace, settings: Settings) -> tuple[Lengths, s
     if len(read) == 1:
         return read[0], name, counts[0]
     return _mixed(read, [weight for _, weight in blends], counts), name, sum(counts)
+
+
+def _index_of(args: argparse.Namespace, path: str) -> str:
+    """The prefix of a data set; of conversations, that of their tokens."""
+    if not getattr(args, "sft", False):
+        return path
+    tokenization = tokenization_of(args, path, tokenizer=None)
+    if not tokenization.is_there:
+        raise _NotTokenizedError(path)
+    return tokenization.prefix
 
 
 def _mixed(read: Sequence[Lengths], weights: Sequence[float | None], counts: Sequence[int]) -> Lengths:

@@ -23,6 +23,7 @@ from megatron_flexsp.doctor import checkpoints, data, forecast
 from megatron_flexsp.doctor.findings import Finding, error, ok, warning
 from megatron_flexsp.doctor.inside import Request, Say
 from megatron_flexsp.doctor.kernels import examine_kernels
+from megatron_flexsp.doctor.tokenizer import vocabulary_size
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import arguments, experts
 from megatron_flexsp.planner import legal_degrees
@@ -58,7 +59,7 @@ def examine_job(request: Request, say: Say) -> Iterator[Finding]:
     yield from _guarded("shape", _examine_shape(args, settings))
     yield from _guarded("model", examine_kernels(args, cpu=request.cpu))
     yield from _guarded("steps", data.examine_steps(args))
-    vocabulary = data.vocabulary_size(args)
+    vocabulary = vocabulary_size(args)
     say("looking at the cost model")
     cost_model = yield from _guarded("cost-model", forecast.examine_cost_model(args, settings, request, vocabulary))
     say("reading the lengths of the data set")

@@ -8,6 +8,7 @@ is a sequence.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -75,6 +76,12 @@ class Tokenization:
     def is_there(self) -> bool:
         """Whether it has been done; the index is written last."""
         return os.path.exists(f"{self.prefix}.idx")
+
+
+def tokenization_of(args: argparse.Namespace, path: str, tokenizer: Any) -> Tokenization:
+    """How a job with Megatron's arguments tokenises one of its files. Where its tokens are kept needs no tokenizer."""
+    name = f"{args.tokenizer_model} {args.sft_tokenizer_prompt_format}"
+    return Tokenization(path, tokenizer, name, args.data_cache_path, args.num_workers)
 
 
 class Conversations(StoredDocuments):

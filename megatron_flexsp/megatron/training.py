@@ -37,7 +37,7 @@ from megatron_flexsp.megatron.batches import (
     batches_from,
 )
 from megatron_flexsp.megatron.context import Context, build_context, on_cpu
-from megatron_flexsp.megatron.conversations import Tokenization, tokenize_all
+from megatron_flexsp.megatron.conversations import tokenization_of, tokenize_all
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
 from megatron_flexsp.megatron.drift import DriftWatch, profile_command
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
@@ -386,15 +386,6 @@ def _tokenize_conversations(args: Any, blend: Any, blend_per_split: Any) -> dict
     """Each file's tokenised conversations, made now where they are not there yet. Collective."""
     blends = [blend, *(blend_per_split or [])]
     paths = sorted({path for given in blends if given is not None for path in given[0]})
-    tokenizations = [
-        Tokenization(
-            path,
-            get_tokenizer(),
-            f"{args.tokenizer_model} {args.sft_tokenizer_prompt_format}",
-            args.data_cache_path,
-            args.num_workers,
-        )
-        for path in paths
-    ]
+    tokenizations = [tokenization_of(args, path, get_tokenizer()) for path in paths]
     tokenize_all(tokenizations)
     return {item.path: item.prefix for item in tokenizations}

@@ -146,6 +146,18 @@ def test_files_that_are_not_there(examine: Examine, documents: Path, tmp_path: P
     assert len(errors(found)) == 6
 
 
+def test_conversations_are_files_of_messages(examine: Examine, tmp_path: Path) -> None:
+    path = tmp_path / "talks.jsonl"
+    path.write_text('{"messages": [{"role": "system", "content": "be kind"}]}\n')
+    sft = f"--sft --tokenizer-type SFTTokenizer --tokenizer-model {tmp_path} --sft-tokenizer-prompt-format default"
+    found = examine(sft, data=path)
+    assert not errors(found)
+    assert "known then" in found["lengths"][0].found
+    path.write_text('{"text": "no conversation"}\n')
+    (problem,) = errors(examine(sft, data=path))
+    assert "line 1 has no messages" in problem.found
+
+
 def test_kernels_that_nothing_brings(examine: Examine) -> None:
     """Found by Megatron only when it builds the model, on the GPUs."""
     assert examine()["model"][0].status == "ok"
