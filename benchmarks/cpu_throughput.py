@@ -168,7 +168,7 @@ def measure(
     prefix, _ = corpus.prepare(options.output)
     name = f"{corpus.name}_{setting.name}"
     count = options.batches * len(SCHEDULES)
-    arguments = [*training_arguments(prefix, corpus.documents_per_step, count), *flexsp_arguments("static")]
+    arguments = [*training_arguments(prefix, corpus.documents_per_step, count), *flexsp_arguments("nested")]
     if loopback is not None:
         path = options.output / f"{name}.cost_model.json"
         path.write_text(setting.cost_model(loopback).to_json())

@@ -77,14 +77,13 @@ class ExchangeMeter:
 class AlternatingPlanner:
     """Plans batches, each time under the next schedule."""
 
-    def __init__(self, schedules: list[str], request: PlanRequest) -> None:
+    def __init__(self, schedules: list[str], request: PlanRequest, static_degree: int) -> None:
         self.request = request
         self._schedules = schedules
         self._services = {}
         for schedule in schedules:
             options = {**request.options, "schedule": schedule}
-            if schedule != "static":
-                options["static_degree"] = None
+            options["static_degree"] = static_degree if schedule == "static" else None
             self._services[schedule] = PlanningService(replace(request, options=options))
         self._submitted = 0
         self._outstanding: list[tuple[PlanningService, PendingPlan]] = []
@@ -128,6 +127,7 @@ class MeasuredSteps:
         self._meter = meter
         self._batches: list[tuple[Context, PlannedBatch]] = []
         self._planner: AlternatingPlanner | None = None
+        self._static_degree = 1
         self._profiled_step: int | None = instructions["profiled_step"]
         self._trace: str = instructions["trace"]
         self._profile: torch.profiler.profile | None = None
@@ -144,8 +144,17 @@ class MeasuredSteps:
 
     def make_planner(self, request: PlanRequest) -> AlternatingPlanner:
         """Takes the place of the plugin's planning service."""
-        self._planner = AlternatingPlanner(self._schedules, request)
+        self._planner = AlternatingPlanner(self._schedules, request, self._static_degree)
         return self._planner
+
+    def wrap_plan_request(self, plan_request: Callable[..., PlanRequest]) -> Callable[..., PlanRequest]:
+        """``plan_request``, from whose arguments a static schedule's degree is taken."""
+
+        def noted(settings: Any, cost_model: Any, capacity: int, narrowest: int) -> PlanRequest:
+            self._static_degree = narrowest
+            return plan_request(settings, cost_model, capacity, narrowest)
+
+        return noted
 
     def repeat_batches(self, batches_from: Callable[..., Iterator[range]]) -> Callable[..., Iterator[range]]:
         """``batches_from`` that yields every batch once for each schedule."""
@@ -257,6 +266,7 @@ def main() -> None:
     dist.all_to_all_single = meter  # type: ignore[assignment]
     steps = MeasuredSteps(instructions, meter)
     if instructions["schedules"]:
+        flexsp_context.plan_request = steps.wrap_plan_request(flexsp_context.plan_request)
         flexsp_context.PlanningService = steps.make_planner  # type: ignore[assignment,misc]
         flexsp_training.batches_from = steps.repeat_batches(flexsp_training.batches_from)
     flexsp_training.log_step = steps.note_batch
