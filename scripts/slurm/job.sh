@@ -151,7 +151,7 @@ _flexsp_node() {
 }
 
 _flexsp_rank() {
-    trap '' TERM
+    case " $* " in *" --exit-signal-handler "*) trap '' TERM ;; esac
     exec "$@"
 }
 
@@ -182,9 +182,9 @@ _flexsp_run() {
 
     flexsp_signalled=''
     flexsp_status=0
-    # One failing node ends the others, which would otherwise wait for it. The ranks share all CPUs of the node.
-    srun --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" --cpu-bind=none \
-        --kill-on-bad-exit=1 --export=ALL "${container[@]}" \
+    # One failing node ends the others, which would otherwise wait for it. The ranks share all CPUs of the job: no
+    # --cpus-per-task, which would make the step exact.
+    srun --ntasks-per-node=1 --cpu-bind=none --kill-on-bad-exit=1 --export=ALL "${container[@]}" \
         bash -c "$(declare -f _flexsp_node); _flexsp_node \"\$@\"" flexsp-node \
         "${torchrun[@]}" --no-python bash -c "$(declare -f _flexsp_rank); _flexsp_rank \"\$@\"" flexsp-rank \
         "$flexsp_python" -m megatron_flexsp.run "$@" &
@@ -279,5 +279,7 @@ flexsp_train() {
         _flexsp_requeue "$ended without a new checkpoint"
     fi
     _flexsp_say "given up: no new checkpoint since iteration $first. The reason stands in $flexsp_logs/$flexsp_restart"
+    [ -z "$flexsp_signalled" ] || _flexsp_say "Between its start and the signal before the time limit (--time, --signal)" \
+        "a job has to come through its start-up, and after the signal through a step and a checkpoint"
     exit $((flexsp_status ? flexsp_status : 1))
 }

@@ -162,13 +162,13 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", self.call("scontrol", "show", "job", job).stdout))
 
     def wait(
-        self, job: str, until: Callable[[dict[str, str]], bool] = _has_ended, timeout_seconds: float = 120.0
+        self, job: str, until: Callable[[dict[str, str]], bool] = _has_ended, timeout_seconds: float = 180.0
     ) -> dict[str, str]:
         """Wait for the end of a job, or for what ``until`` says of it; return what SLURM then shows."""
         deadline = time.monotonic() + timeout_seconds
         hurried = None
         while not until(shown := self.show(job)):
-            assert time.monotonic() < deadline, f"job {job}: {shown}"
+            assert not _has_ended(shown) and time.monotonic() < deadline, f"job {job}: {shown}"
             if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime" and hurried != shown["Restarts"]:
                 # SLURM has a requeued job wait for two minutes. It needs one second: its credential has to be newer.
                 hurried = shown["Restarts"]
