@@ -20,6 +20,8 @@ def package_version() -> str:
 # Planning and simulating: no torch, so that a laptop or another framework can use them.
 BASE = ["click>=8.1,<9", "highspy>=1.7,<2", "numpy>=1.26,<3", "packaging>=23", "rich>=13,<16"]
 
+CONVERT = ["ruamel.yaml>=0.18,<0.20", "tree-sitter>=0.23,<0.27", "tree-sitter-bash>=0.23,<0.26"]
+
 EXTRAS = {
     "train": [
         "megatron-core>=0.17.1,<0.21",
@@ -30,7 +32,10 @@ EXTRAS = {
     ],
     # The pictures of `flexsp report`.
     "report": ["matplotlib>=3.8,<4", "plotly>=6,<8"],
+    # Reading the files of `flexsp convert`.
+    "convert": CONVERT,
     "test": [
+        *CONVERT,
         "hypothesis>=6.100,<7",
         "matplotlib>=3.8,<4",
         "mypy>=1.13,<3",

@@ -31,6 +31,7 @@ SUBCOMMANDS = {
         "megatron_flexsp.simulator.command", "simulate_command", "Foresee what FlexSP brings on given data."
     ),
     "report": Subcommand("megatron_flexsp.report.command", "report_command", "Show what happened in a run."),
+    "convert": Subcommand("megatron_flexsp.convert.command", "convert", "Make a Megatron launch script a FlexSP one."),
     "profile": Subcommand("megatron_flexsp.profiler.command", "profile", "Measure a job and write its cost model."),
     "doctor": Subcommand("megatron_flexsp.doctor.command", "doctor_command", "Examine the installation and a job."),
     "prepare": Subcommand("megatron_flexsp.prepare.command", "prepare", "Make a Megatron data set from text."),

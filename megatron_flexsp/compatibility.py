@@ -272,6 +272,13 @@ JOB_REFUSALS = (
         applies=lambda args: args.tp_comm_overlap,
     ),
     Refusal(
+        flags=("--ddp-average-in-collective",),
+        subject="--ddp-average-in-collective",
+        reason="gradients are divided by the tokens of the global batch, which Megatron doesn't combine with it",
+        mendable=True,
+        applies=lambda args: getattr(args, "ddp_average_in_collective", False),
+    ),
+    Refusal(
         flags=("--dataloader-type",),
         subject="--dataloader-type other than single",
         reason="documents are shuffled by the data set",
@@ -306,7 +313,7 @@ JOB_REFUSALS = (
         applies=lambda args: getattr(args, "inprocess_restart", False),
     ),
     Refusal(
-        flags=("--no-align-grad-reduce",),
+        flags=("--no-align-grad-reduce", "--disable-align-grad-reduce"),
         subject="--no-align-grad-reduce",
         reason="ranks of a pipeline that end at different times would wait for each other",
         # It moves communication in time and leaves the sums as they are.

@@ -1,0 +1,222 @@
+"""A job's Megatron arguments, whatever file they stand in: flags with their values, where they are, when they hold."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from megatron_flexsp.convert.shell_values import Condition
+
+
+@dataclass(frozen=True)
+class Value:
+    """What follows a flag."""
+
+    text: str | None
+    """What Megatron most likely gets; None where the file doesn't say."""
+
+    source: str
+    """How the file puts it: ``4``, ``$SEQ_LENGTH``."""
+
+    fixed: bool = True
+    """Whether the file alone decides it, and not the environment or a condition."""
+
+    place: object = field(default=None, compare=False)
+    """For the front end that made it."""
+
+    @property
+    def number(self) -> int | None:
+        try:
+            return int(self.text or "")
+        except ValueError:
+            return None
+
+    @property
+    def literal(self) -> bool:
+        """Whether the number itself stands there."""
+        return self.fixed and self.source == self.text
+
+
+@dataclass(frozen=True)
+class Argument:
+    flag: str
+    values: tuple[Value, ...]
+    line: int
+    conditions: tuple[Condition, ...] = ()
+    place: object = field(default=None, compare=False)
+
+    @property
+    def likely(self) -> bool:
+        return all(condition.likely for condition in self.conditions)
+
+    @property
+    def written(self) -> str:
+        """As the file has it, for people."""
+        return " ".join([self.flag, *(value.source for value in self.values)])
+
+    @property
+    def when(self) -> str:
+        """Where it stands and, if it has one, its condition, for people."""
+        condition = self.conditions[-1] if self.conditions else None
+        return f"line {self.line}" + (f" (where {condition.text})" if condition is not None else "")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """How Megatron reads a flag that matters here."""
+
+    name: str
+    kind: str = "on"
+    """``on`` and ``off`` take no value; ``int``, ``float`` and ``str`` one, ``list`` one or more."""
+    default: object = None
+
+
+# Flags that the table of refusals or a rule reads, with Megatron 0.19's defaults; the tests hold them to Megatron.
+KNOWN = {
+    "--yaml-cfg": _Known("yaml_cfg", "str"),
+    "--context-parallel-size": _Known("context_parallel_size", "int", 1),
+    "--hybrid-context-parallel": _Known("hybrid_context_parallel"),
+    "--calculate-per-token-loss": _Known("calculate_per_token_loss"),
+    "--micro-batch-size": _Known("micro_batch_size", "int"),
+    "--eval-micro-batch-size": _Known("eval_micro_batch_size", "int"),
+    "--cuda-graph-impl": _Known("cuda_graph_impl", "str", "none"),
+    "--enable-cuda-graph": _Known("enable_cuda_graph"),
+    "--external-cuda-graph": _Known("external_cuda_graph"),
+    "--mtp-num-layers": _Known("mtp_num_layers", "int"),
+    "--multi-latent-attention": _Known("multi_latent_attention"),
+    "--experimental-attention-variant": _Known("experimental_attention_variant", "str"),
+    "--hybrid-layer-pattern": _Known("hybrid_layer_pattern", "str"),
+    "--hybrid-override-pattern": _Known("hybrid_override_pattern", "str"),
+    "--is-hybrid-model": _Known("is_hybrid_model"),
+    "--use-megatron-fsdp": _Known("use_megatron_fsdp"),
+    "--use-torch-fsdp2": _Known("use_torch_fsdp2"),
+    "--attention-dropout": _Known("attention_dropout", "float", 0.1),
+    "--hidden-dropout": _Known("hidden_dropout", "float", 0.1),
+    "--transformer-impl": _Known("transformer_impl", "str", "transformer_engine"),
+    "--window-size": _Known("window_size", "str"),
+    "--fp8-format": _Known("fp8", "str"),
+    "--fp4-format": _Known("fp4", "str"),
+    "--softmax-type": _Known("softmax_type", "str", "vanilla"),
+    "--qk-clip": _Known("qk_clip"),
+    "--log-max-attention-logit": _Known("log_max_attention_logit"),
+    "--position-embedding-type": _Known("position_embedding_type", "str", "learned_absolute"),
+    "--sft": _Known("sft"),
+    "--fim-data": _Known("fim_data"),
+    "--perform-rl-step": _Known("perform_rl_step"),
+    "--eod-mask-loss": _Known("eod_mask_loss"),
+    "--tp-comm-overlap": _Known("tp_comm_overlap"),
+    "--ddp-average-in-collective": _Known("ddp_average_in_collective"),
+    "--dataloader-type": _Known("dataloader_type", "str"),
+    "--spec": _Known("spec", "list"),
+    "--use-kitchen-attention": _Known("use_kitchen_attention"),
+    "--logits-load-dir": _Known("logits_load_dir", "str"),
+    "--tensor-parallel-num-weight-shards": _Known("tensor_parallel_num_weight_shards", "int"),
+    "--inprocess-restart": _Known("inprocess_restart"),
+    "--no-align-grad-reduce": _Known("align_grad_reduce", "off", True),
+    "--disable-align-grad-reduce": _Known("align_grad_reduce", "off", True),
+    "--iterations-to-skip": _Known("iterations_to_skip", "list", []),
+    "--full-validation": _Known("full_validation"),
+    "--multiple-validation-sets": _Known("multiple_validation_sets"),
+    "--phase-transition-iterations": _Known("phase_transition_iterations", "str"),
+    "--num-experts": _Known("num_experts", "int"),
+    "--moe-router-load-balancing-type": _Known("moe_router_load_balancing_type", "list", "aux_loss"),
+    "--moe-token-dispatcher-type": _Known("moe_token_dispatcher_type", "str", "allgather"),
+    "--moe-flex-dispatcher-backend": _Known("moe_flex_dispatcher_backend", "str", "deepep"),
+    "--recompute-granularity": _Known("recompute_granularity", "str"),
+    "--recompute-modules": _Known("recompute_modules", "list"),
+    "--moe-expert-capacity-factor": _Known("moe_expert_capacity_factor", "float"),
+    "--moe-expert-rank-capacity-factor": _Known("moe_expert_rank_capacity_factor", "float"),
+    "--moe-input-jitter-eps": _Known("moe_input_jitter_eps", "float"),
+    "--moe-enable-routing-replay": _Known("moe_enable_routing_replay"),
+    "--overlap-moe-expert-parallel-comm": _Known("overlap_moe_expert_parallel_comm"),
+    "--moe-hybridep-pad-uneven-dispatch-inputs": _Known("moe_hybridep_pad_uneven_dispatch_inputs"),
+    "--tensor-model-parallel-size": _Known("tensor_model_parallel_size", "int", 1),
+    "--pipeline-model-parallel-size": _Known("pipeline_model_parallel_size", "int", 1),
+    "--sequence-parallel": _Known("sequence_parallel"),
+    "--num-attention-heads": _Known("num_attention_heads", "int"),
+}
+
+TAKES_NOTHING = frozenset(flag for flag, known in KNOWN.items() if known.kind in ("on", "off")) | {
+    "--flexsp",
+    "--reset-position-ids",
+    "--reset-attention-mask",
+    "--delay-wgrad-compute",
+    "--dataloader-inter-document-masking",
+    "--dynamic-context-parallel",
+}
+TAKES_SEVERAL = frozenset(flag for flag, known in KNOWN.items() if known.kind == "list") | {
+    "--cp-comm-type",
+    "--hierarchical-context-parallel-sizes",
+    "--rampup-batch-size",
+}
+
+
+def namespace(arguments: Iterable[Argument]) -> argparse.Namespace:
+    """What Megatron's parser would make of the flags that matter here; of two, the later counts.
+
+    A value that the file doesn't tell is taken for one that does no harm where Megatron has a number by default, and
+    for something that switches the feature on where it has none.
+    """
+    args = argparse.Namespace(**{known.name: known.default for known in KNOWN.values()})
+    for argument in arguments:
+        known = KNOWN.get(argument.flag)
+        if known is not None:
+            setattr(args, known.name, _read(known, argument.values))
+    return args
+
+
+def _read(known: _Known, values: Sequence[Value]) -> object:
+    if known.kind in ("on", "off"):
+        return known.kind == "on"
+    texts = [value.text for value in values if value.text is not None]
+    if known.kind == "list":
+        return texts or ["unknown"]
+    if not texts:
+        unknown = {"str": "unknown", "int": 2, "float": 0.5}[known.kind]
+        return unknown if known.default in (None, 0.1) else known.default
+    if known.kind == "str":
+        return None if texts[0] in ("None", "null") and known.default is None else texts[0]
+    try:
+        return int(texts[0]) if known.kind == "int" else float(texts[0])
+    except ValueError:
+        return known.default  # Megatron will say that it is no number
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training command, or a file that holds the arguments of one."""
+
+    arguments: tuple[Argument, ...]
+    line: int
+    script: str | None
+    """The training script's name; None for a file of arguments alone."""
+    launched: bool
+    """Whether FlexSP's launcher starts it already; True where the file doesn't start anything."""
+    ranks: int | None = None
+    """All processes of the job as the file stands; None where it doesn't say."""
+    unseen: tuple[str, ...] = ()
+    """Variables that the file doesn't set and that may hold more arguments."""
+    place: object = field(default=None, compare=False)
+
+    def last(self, flag: str) -> Argument | None:
+        """The one that counts, as the file stands."""
+        return next(
+            (argument for argument in reversed(self.arguments) if argument.flag == flag and argument.likely), None
+        )
+
+    def value(self, flag: str) -> Value | None:
+        """What it gives."""
+        argument = self.last(flag)
+        return argument.values[0] if argument is not None and argument.values else None
+
+    def number(self, flag: str, default: int | None = None) -> int | None:
+        """What it gives as a number; the default where it isn't there, None where the file doesn't tell."""
+        argument = self.last(flag)
+        if argument is None:
+            return default
+        return argument.values[0].number if argument.values else None
+
+    def certain(self, flag: str) -> bool:
+        """Whether it is there under all conditions."""
+        return any(argument.flag == flag and not argument.conditions for argument in self.arguments)
