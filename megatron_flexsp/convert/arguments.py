@@ -137,19 +137,25 @@ KNOWN = {
     "--num-attention-heads": _Known("num_attention_heads", "int"),
 }
 
-TAKES_NOTHING = frozenset(flag for flag, known in KNOWN.items() if known.kind in ("on", "off")) | {
-    "--flexsp",
-    "--reset-position-ids",
-    "--reset-attention-mask",
-    "--delay-wgrad-compute",
-    "--dataloader-inter-document-masking",
-    "--dynamic-context-parallel",
-}
-TAKES_SEVERAL = frozenset(flag for flag, known in KNOWN.items() if known.kind == "list") | {
-    "--cp-comm-type",
-    "--hierarchical-context-parallel-sizes",
-    "--rampup-batch-size",
-}
+_MORE_SWITCHES = frozenset({
+    "--flexsp", "--reset-position-ids", "--reset-attention-mask", "--delay-wgrad-compute",
+    "--dataloader-inter-document-masking", "--dynamic-context-parallel",
+})  # fmt: skip
+_MORE_LISTS = frozenset({"--cp-comm-type", "--hierarchical-context-parallel-sizes", "--rampup-batch-size"})
+_MORE_SINGLE = frozenset({
+    "--max-seqlen-per-dp-cp-rank", "--global-batch-size", "--eval-global-batch-size", "--train-samples",
+    "--lr-decay-samples", "--lr-warmup-samples", "--seq-length", "--train-iters",
+})  # fmt: skip
+
+
+def values_taken(flag: str) -> int | None:
+    """How many values a flag takes, where that matters here; None for any number."""
+    known = KNOWN.get(flag)
+    if flag in _MORE_SWITCHES or (known is not None and known.kind in ("on", "off")):
+        return 0
+    if flag in _MORE_LISTS or (known is not None and known.kind == "list"):
+        return None
+    return 1 if known is not None or flag in _MORE_SINGLE else None
 
 
 def namespace(arguments: Iterable[Argument]) -> argparse.Namespace:

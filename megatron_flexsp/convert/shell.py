@@ -356,6 +356,9 @@ class _Reader:
             self._run_text(_joined(words[1:]), line)
         elif name in ("source", "."):
             self._run_file(words[1:])
+        elif name == "shift" and self._scope.positional is not None:
+            count = words[1].text if len(words) > 1 else "1"
+            self._scope.positional = self._scope.positional[int(count) if count and count.isdigit() else 1 :]
         elif name in ("read", "mapfile", "readarray"):
             for word in words[1:]:
                 if word.text and word.text.isidentifier():

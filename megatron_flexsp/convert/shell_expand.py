@@ -199,7 +199,7 @@ def _named(source: Source, node: Any, name: str, scope: Scope, quoted: bool) -> 
         return [Piece("0", tuple(outer), exact=False, soft=True)]
     variable = scope.variables.get(name)
     if variable is None:
-        return [_unknown(source, node, environment=True)]
+        return [_unknown(source, node, environment=True, quoted=quoted)]
     if isinstance(variable, Array):
         return list(within(variable.elements[0].value, outer, quoted)) if variable.elements else []
     return list(within(variable, outer, quoted))
@@ -269,7 +269,7 @@ def _subscripted(
 ) -> Expansion:
     variable = scope.variables.get(name)
     if variable is None:
-        return [_unknown(source, node, environment=True)]
+        return [_unknown(source, node, environment=True, quoted=quoted)]
     elements = variable.elements if isinstance(variable, Array) else (Element(variable),)
     if subscript in ("@", "*"):
         if subscript == "*" and quoted:

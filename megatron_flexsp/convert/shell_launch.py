@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_flexsp.convert.arguments import TAKES_NOTHING, Argument, Job, Value
+from megatron_flexsp.convert.arguments import Argument, Job, Value, values_taken
 from megatron_flexsp.convert.rules import OTHER_MODELS
 from megatron_flexsp.convert.shell import Command, Script
 from megatron_flexsp.convert.shell_values import Piece, Word
-from megatron_flexsp.convert.text import MAIN_FILE, Span
+from megatron_flexsp.convert.text import MAIN_FILE, Span, line_of
 
 RUN_MODULE = "megatron_flexsp.run"
 
@@ -85,7 +85,7 @@ _SWITCHES = ("--no-python", "--no_python", "--module", "--standalone", "--use_en
 def _launch(script: Script, command: Command, place: int, name: str, data: bytes) -> Launch | Other | None:
     words = command.words
     text = CommandText(words, data)
-    line = text.line(place, command.line)
+    line = command.line if (own := text.own(place)) is None else line_of(data, own.start)
     arguments, unseen = read_arguments(text, place + 1, line)
     flags = {argument.flag for argument in arguments}
     base = name.rsplit("/", 1)[-1]
@@ -163,10 +163,9 @@ class CommandText:
         return self.words[number].text or "(not in this file)"
 
     def line(self, number: int, otherwise: int) -> int:
-        span = self.own(number)
-        if span is None or span.file != MAIN_FILE:
-            return otherwise
-        return self.data.count(b"\n", 0, span.start) + 1
+        """The line that a word's letters stand on."""
+        places = [span for span in self.words[number].places() if span.file == MAIN_FILE]
+        return line_of(self.data, places[-1].start) if places else otherwise
 
 
 def read_arguments(text: CommandText, first: int, line: int) -> tuple[list[Argument], list[str]]:
@@ -187,7 +186,7 @@ def read_arguments(text: CommandText, first: int, line: int) -> tuple[list[Argum
             flag, values = number, []
         elif _holds_arguments(word, text.source(number)):
             unseen.append(text.source(number))
-        elif flag is not None and not _is_full(text.words[flag].pattern):
+        elif flag is not None and not _is_full(text.words[flag].pattern, len(values)):
             values.append(number)
     close()
     return arguments, unseen
@@ -202,8 +201,9 @@ def _holds_arguments(word: Word, source: str) -> bool:
     return unset and re.search(r"ARG|OPT|FLAG|EXTRA|PARAM|CONFIG|\[[@*]\]", source, re.IGNORECASE) is not None
 
 
-def _is_full(flag: str) -> bool:
-    return "=" in flag or flag in TAKES_NOTHING
+def _is_full(flag: str, values: int) -> bool:
+    taken = values_taken(flag)
+    return "=" in flag or (taken is not None and values >= taken)
 
 
 def _argument(text: CommandText, number: int, values: Sequence[int], line: int) -> Argument:

@@ -68,11 +68,8 @@ def removal(data: bytes, spans: Iterable[Span]) -> list[Edit]:
         if alone and continued:
             edits.append(Edit(line_start, min(line_end + 1, len(data)), b""))
         elif alone and not after.strip():
-            mark = re.search(rb"[ \t]*\\\r?\n\Z", data[:line_start])
-            if mark:  # the last line of a continued command
-                edits.append(Edit(mark.start(), end, b""))
-            else:
-                edits.append(Edit(line_start, min(line_end + 1, len(data)), b""))
+            last = re.search(rb"\\\r?\n\Z", data[:line_start]) is not None  # of a continued command
+            edits.append(Edit(line_start, end if last else min(line_end + 1, len(data)), b""))
         elif alone:
             edits.append(Edit(start, end + len(after) - len(after.lstrip(b" \t")), b""))
         elif after[:1].strip() and before[-1:].strip():
@@ -104,4 +101,12 @@ def _merged(data: bytes, edits: list[Edit]) -> list[Edit]:
             merged[-1] = Edit(merged[-1].start, max(merged[-1].end, edit.end), b"")
         else:
             merged.append(edit)
-    return merged
+    return [_without_mark(data, edit) for edit in merged]
+
+
+def _without_mark(data: bytes, edit: Edit) -> Edit:
+    """A removal of a continued command's last lines takes along the mark of the line that is last then."""
+    at_line_start = data[: edit.start].endswith(b"\n")
+    at_line_end = data[edit.end : edit.end + 1] in (b"", b"\n", b"\r")
+    mark = re.search(rb"[ \t]*\\\r?\n\Z", data[: edit.start]) if at_line_start and at_line_end else None
+    return edit if mark is None else Edit(mark.start(), edit.end, b"")

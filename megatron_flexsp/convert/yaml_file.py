@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_flexsp.convert.arguments import TAKES_NOTHING, Argument, Job, Value
+from megatron_flexsp.convert.arguments import Argument, Job, Value, values_taken
 from megatron_flexsp.convert.changes import Add, Change, Formula, Launch, Remove, SetValue
 from megatron_flexsp.convert.result import Result, Unconvertible
 from megatron_flexsp.convert.rules import OTHER_MODELS, Wishes, decide
@@ -311,9 +311,7 @@ class _List(_Arguments):
         text = str(entry.flag.value)
         name = re.split(r"[=\s]", text, maxsplit=1)[0]
         rest = text[len(name) :].lstrip("= \t").split()
-        if name in TAKES_NOTHING and not rest:
-            return Argument(name, (), self._line(entry.flag), (), number)
-        words = [*rest, *(str(value.value) for value in entry.values)]
+        words = [*rest, *(str(value.value) for value in entry.values)][: values_taken(name)]
         return Argument(name, tuple(self._value(word, number) for word in words), self._line(entry.flag), (), number)
 
     def _set(self, entry: _Entry, argument: Argument, texts: list[str]) -> list[Edit]:
@@ -354,7 +352,8 @@ class _List(_Arguments):
 
     def _places(self, entry: _Entry) -> list[tuple[int, int]]:
         places = []
-        for node in (entry.flag, *entry.values):
+        taken = values_taken(str(entry.flag.value))
+        for node in (entry.flag, *entry.values[:taken]):
             start, end = int(node.start_mark.index), int(node.end_mark.index)
             if not self._flow():
                 start = self._data.rfind(b"-", 0, start)
