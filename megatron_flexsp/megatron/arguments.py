@@ -53,6 +53,12 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "model's arguments.",
     )
     group.add_argument(
+        "--flexsp-autotune",
+        action="store_true",
+        help="Correct the cost model by the job's own step times, every 20 steps: overheads, and how fast compute and "
+        "exchange are. Later plans rest on it; the log says what changed.",
+    )
+    group.add_argument(
         "--flexsp-max-tokens-per-rank",
         type=int,
         metavar="TOKENS",
@@ -122,6 +128,8 @@ class Settings:
     """The measured one, if a file was given."""
     max_tokens_per_rank: int | None
     overlong: str
+    autotune: bool
+    """Refit the cost model to the job's own steps."""
     sft: bool
     """Sequences are conversations, not documents."""
     plan_ahead: int
@@ -241,6 +249,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         cost_model=cost_model,
         max_tokens_per_rank=args.flexsp_max_tokens_per_rank,
         overlong=args.flexsp_overlong or ("truncate" if sft else "split"),
+        autotune=args.flexsp_autotune and args.flexsp_profile is None,
         sft=sft,
         plan_ahead=args.flexsp_plan_ahead,
         solver_time_limit_seconds=args.flexsp_solver_time_limit,

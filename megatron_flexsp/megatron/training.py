@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import releases
 from megatron_flexsp.megatron.arguments import Settings
+from megatron_flexsp.megatron.autotune import Autotune
 from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.batches import (
     GivenBatch,
@@ -62,6 +63,7 @@ class FlexSPTraining:
         self._lengths: NDArray[np.int64] | None = None
         self._tracer: Tracer | None = None
         self._drift: DriftWatch | None = None
+        self._autotune: Autotune | None = None
         self._background: Background | None = None
         self._batch_tokens = 0
         self._checked_models: set[Any] = set()
@@ -131,10 +133,12 @@ class FlexSPTraining:
                 # schedule, so that copying the lengths waits for nothing.
                 self._account(batch)
                 log_step(self.context, batch)
-                self._watch_time(batch.plan)
+                self._watch_time(batch)
                 self._accounted = batch.plan
-            elif forward_only and self._drift is not None:
-                self._drift.pause()
+            elif forward_only:
+                for watch in (self._drift, self._autotune):
+                    if watch is not None:
+                        watch.pause()
             tracer = None if forward_only else self._tracer
         if tracer is not None:
             tracer.begin(get_args().curr_iteration + 1, batch)
@@ -152,9 +156,11 @@ class FlexSPTraining:
         batches.prepare()
         return result
 
-    def _watch_time(self, plan: Plan) -> None:
-        if self._drift is not None and (warning := self._drift.begin_step(plan.predicted_seconds)) is not None:
+    def _watch_time(self, batch: PlannedBatch) -> None:
+        if self._drift is not None and (warning := self._drift.begin_step(batch.plan.predicted_seconds)) is not None:
             print_rank_0(f" > [flexsp] warning: {warning}")
+        if self._autotune is not None and (change := self._autotune.begin_step(batch.plan, batch.lengths)) is not None:
+            print_rank_0(f" > [flexsp] autotune: {change}")
 
     def wrap_num_floating_point_operations(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``num_floating_point_operations`` of the last step, for releases that take all sequences for equally long."""
@@ -240,7 +246,9 @@ class FlexSPTraining:
         if settings.trace is not None:
             self._tracer = Tracer(Path(settings.trace), self.context)
         _announce(self.context)
-        if settings.cost_model is not None and self.context.channel.plans_here:
+        if settings.autotune and self.context.planner is not None:
+            self._autotune = Autotune(self.context.cost_model, settings.pipeline_stages, self.context.planner.use)
+        elif settings.cost_model is not None and self.context.channel.plans_here:
             path = args.flexsp_cost_model
             overhead = settings.cost_model.step_overhead_seconds
             self._drift = DriftWatch(path, overhead, profile_command(sys.argv, path))

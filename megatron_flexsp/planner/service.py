@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
@@ -103,6 +103,11 @@ class PlanningService:
         self._worker.submit(pending)
         return pending
 
+    def use(self, cost_model: CostModel) -> None:
+        """Plan the batches that are submitted from now on under another cost model, with the same token capacity."""
+        self._request = replace(self._request, cost_model=cost_model)
+        self._worker.use(self._request)
+
     def result(self, pending: PendingPlan) -> Plan:
         """The batch's plan; the quick one if the planning process does not deliver.
 
@@ -165,7 +170,7 @@ class _Worker:
         self._started = time.monotonic()
         self._busy_since: float | None = None
         self.has_answered = False
-        self._batches: queue.SimpleQueue[PendingPlan] = queue.SimpleQueue()
+        self._batches: queue.SimpleQueue[PendingPlan | PlanRequest] = queue.SimpleQueue()
         # A daemon: waiting for a process that hangs must not keep this one from exiting.
         threading.Thread(target=self._ask, args=(request,), name="flexsp-planner", daemon=True).start()
 
@@ -183,6 +188,10 @@ class _Worker:
         """Queue a batch."""
         self._batches.put(pending)
 
+    def use(self, request: PlanRequest) -> None:
+        """Plan the batches that are queued from now on in this way."""
+        self._batches.put(request)
+
     def _ask(self, request: PlanRequest) -> None:
         """Hand over one batch after the other and wait for each plan."""
         failure: Exception | None = None
@@ -192,6 +201,12 @@ class _Worker:
             failure = error
         while True:
             pending = self._batches.get()
+            if isinstance(pending, PlanRequest):
+                try:
+                    self._pipe.send(pending)
+                except OSError as error:
+                    failure = error
+                continue
             if not pending.answer.set_running_or_notify_cancel():
                 continue
             if failure is None:
@@ -220,20 +235,24 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 def _serve(connection: Connection) -> None:
     """The planning process: plan each batch that comes, until the owner's end of the pipe is gone."""
     request: PlanRequest = connection.recv()
-    batches: queue.SimpleQueue[NDArray[np.int64]] = queue.SimpleQueue()
+    batches: queue.SimpleQueue[NDArray[np.int64] | PlanRequest] = queue.SimpleQueue()
     # Reading beside planning: the owner's death is noticed at once, even in the middle of a plan.
     threading.Thread(target=_read, args=(connection, batches), daemon=True).start()
     while True:
-        lengths = batches.get()
+        received = batches.get()
+        # This module runs as __main__ here, so that its PlanRequest is not the class that was pickled.
+        if not isinstance(received, np.ndarray):
+            request = received
+            continue
         try:
-            connection.send(request.make(lengths))
+            connection.send(request.make(received))
         except BrokenPipeError:
             return
         except Exception as error:
             connection.send(error)
 
 
-def _read(connection: Connection, batches: "queue.SimpleQueue[NDArray[np.int64]]") -> None:
+def _read(connection: Connection, batches: "queue.SimpleQueue[NDArray[np.int64] | PlanRequest]") -> None:
     try:
         while True:
             batches.put(connection.recv())

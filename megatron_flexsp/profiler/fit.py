@@ -100,7 +100,7 @@ def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = 
     least = np.zeros(columns)
     for degree, value in (least_exchange or {}).items():
         least[4 + 2 * wide.index(degree) + 1] = value
-    found = _least_absolute_deviations(features, seconds, least)
+    found = least_absolute_deviations(features / seconds[:, None], np.ones(len(samples)), least)
     floor = _LEAST_SHARE_OF_LINEAR * found[2]
     return Constants(
         step=found[0],
@@ -112,19 +112,25 @@ def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = 
     )
 
 
-def _least_absolute_deviations(
-    features: NDArray[np.float64], seconds: NDArray[np.float64], least: NDArray[np.float64]
+def least_absolute_deviations(
+    features: NDArray[np.float64], targets: NDArray[np.float64], least: NDArray[np.float64]
 ) -> list[float]:
-    """Minimise the sum of |features x - seconds| / seconds over x >= least."""
-    relative = features / seconds[:, None]
+    """The x >= least that minimises the sum of |features x - targets|.
+
+    Shapes: features (samples, constants), targets (samples,), least (constants,).
+
+    Raises
+    ------
+    FlexSPError
+        If the linear program has no answer.
+    """
     # Every column is brought to the size of 1: raw ones differ by twelve orders of magnitude.
-    scales = relative.max(axis=0)
+    scales = features.max(axis=0)
     scales[scales == 0] = 1.0
-    relative /= scales
-    targets = 1.0 - relative @ (least * scales)
+    scaled = features / scales
     program = LinearProgram()
-    rows = np.array([program.add_row(target, target) for target in targets])
-    for column in relative.T:
+    rows = np.array([program.add_row(target, target) for target in targets - features @ least])
+    for column in scaled.T:
         used = np.flatnonzero(column)
         program.add_columns([0.0], [(rows[row], column[row]) for row in used])
     for sign in (1.0, -1.0):

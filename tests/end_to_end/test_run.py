@@ -161,3 +161,10 @@ def test_the_log_and_the_operation_count_are_those_of_the_batches(
         for batch in batches
     )
     assert math.isclose(saved["num_floating_point_operations_so_far"], operations, rel_tol=1e-12)
+
+
+def test_autotune_refits_and_training_goes_on(train: Callable) -> None:
+    arguments = ("--train-iters", "26", "--global-batch-size", "4")
+    tuned, plain = train(2, *LLAMA, *arguments, "--flexsp-autotune"), train(2, *LLAMA, *arguments)
+    assert "autotune: costs refitted to the last 20 steps: step overhead" in tuned.output
+    assert tuned.losses[26] == pytest.approx(plain.losses[26], rel=1e-5)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -105,3 +106,15 @@ service.result(service.submit(numpy.array([5])))
 print(psutil.Process().children()[0].pid, flush=True)
 time.sleep(60)
 """
+
+
+def test_another_cost_model_for_the_batches_to_come(service: PlanningService) -> None:
+    lengths = BATCHES[0]
+    slow = replace(COST_MODEL, linear_seconds_per_token=3e-5)
+    before = service.submit(lengths)
+    service.use(slow)
+    after = service.submit(lengths)
+    assert service.result(before).predicted_seconds == REQUEST.make(lengths).predicted_seconds
+    expected = replace(REQUEST, cost_model=slow).make(lengths).predicted_seconds
+    assert service.result(after).predicted_seconds == expected > REQUEST.make(lengths).predicted_seconds
+    assert service.quick_plans == 0
