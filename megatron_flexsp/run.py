@@ -1,6 +1,9 @@
 """Runs a Megatron training script with FlexSP.
 
 torchrun --nproc-per-node 8 -m megatron_flexsp.run [--cpu] PRETRAIN_SCRIPT <its Megatron arguments> --flexsp
+
+A fork's own script does without this launcher: the lines that ``patches/apply.py`` puts into it call
+``install_in_script``.
 """
 
 from __future__ import annotations
@@ -11,10 +14,13 @@ import runpy
 import sys
 import time
 from collections.abc import Sequence
+from types import TracebackType
 
 from megatron_flexsp.errors import FlexSPError
 
 _SECONDS_FOR_RANK_0_TO_SPEAK = 5.0
+
+_in_place = False
 
 
 def main(command_line: Sequence[str] | None = None) -> None:
@@ -54,6 +60,24 @@ def _run(cpu: bool, script: str, arguments: list[str]) -> None:
     # What `python SCRIPT ARGUMENTS` would set: a checkout's own megatron package is found first.
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
+    # A patched script calls the module that it imports, which is not the one that runs as __main__.
+    from megatron_flexsp.run import install
+
+    install(arguments, cpu=cpu)
+    runpy.run_path(script, run_name="__main__")
+
+
+def install(arguments: Sequence[str], *, cpu: bool) -> None:
+    """Put the stand-in for CUDA in place if it is wanted, and the seams. A second call does nothing.
+
+    Raises
+    ------
+    FlexSPError
+        If Megatron is not there, is too old, or has something else in a place that is to be changed.
+    """
+    global _in_place
+    if _in_place:
+        return
     from megatron_flexsp.megatron import plugin, seams
 
     seams.check_version()
@@ -63,7 +87,29 @@ def _run(cpu: bool, script: str, arguments: list[str]) -> None:
 
         cpu_stand_in.install()
     plugin.install(arguments)
-    runpy.run_path(script, run_name="__main__")
+    _in_place = True
+
+
+def install_in_script() -> None:
+    """What a patched training script calls, before it imports Megatron, where ``--flexsp`` is on its command line."""
+    if _in_place:
+        return  # the launcher runs the script
+    sys.excepthook = _report
+    if hasattr(sys.modules["__main__"], "pretrain"):
+        raise FlexSPError(
+            f"{sys.argv[0]}: it imports pretrain before the lines of megatron-flexsp, and so not what they put in "
+            "its place. Move them up, to where patches/apply.py puts them"
+        )
+    install(sys.argv[1:], cpu=os.environ.get("FLEXSP_DEVICE") == "cpu")
+
+
+def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """End a patched script as the launcher ends: with one message where it is a user's mistake."""
+    if isinstance(error, FlexSPError):
+        _stop(error)
+    if isinstance(error, Exception):
+        _let_rank_0_speak()
+    sys.__excepthook__(kind, error, traceback)
 
 
 def _stop(error: FlexSPError) -> None:
