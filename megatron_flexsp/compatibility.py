@@ -95,15 +95,20 @@ JOB_REFUSALS = (
         applies=lambda args: args.hybrid_context_parallel,
     ),
     Refusal(
-        flags=("--dynamic-context-parallel", "--sequence-packing-scheduler", "--use-varlen-dataset"),
-        subject="--dynamic-context-parallel, --sequence-packing-scheduler and --use-varlen-dataset",
+        flags=("--dynamic-context-parallel", "--sequence-packing-scheduler"),
+        subject="--dynamic-context-parallel and --sequence-packing-scheduler",
         reason="they are another way to do what FlexSP does; use one of them",
         mendable=True,
         applies=lambda args: (
-            getattr(args, "dynamic_context_parallel", False)
-            or getattr(args, "sequence_packing_scheduler", None)
-            or getattr(args, "use_varlen_dataset", False)
+            getattr(args, "dynamic_context_parallel", False) or getattr(args, "sequence_packing_scheduler", None)
         ),
+    ),
+    Refusal(
+        flags=("--use-varlen-dataset",),
+        subject="--use-varlen-dataset",
+        reason="it is another way to do what FlexSP does; use one of them",
+        # Without it the run reads another data set.
+        applies=lambda args: getattr(args, "use_varlen_dataset", False),
     ),
     Refusal(
         flags=("--calculate-per-token-loss",),

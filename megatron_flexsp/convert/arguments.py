@@ -77,6 +77,9 @@ KNOWN = {
     "--yaml-cfg": _Known("yaml_cfg", "str"),
     "--context-parallel-size": _Known("context_parallel_size", "int", 1),
     "--hybrid-context-parallel": _Known("hybrid_context_parallel"),
+    "--dynamic-context-parallel": _Known("dynamic_context_parallel"),
+    "--sequence-packing-scheduler": _Known("sequence_packing_scheduler", "str"),
+    "--use-varlen-dataset": _Known("use_varlen_dataset"),
     "--calculate-per-token-loss": _Known("calculate_per_token_loss"),
     "--micro-batch-size": _Known("micro_batch_size", "int"),
     "--eval-micro-batch-size": _Known("eval_micro_batch_size", "int"),
@@ -86,6 +89,12 @@ KNOWN = {
     "--mtp-num-layers": _Known("mtp_num_layers", "int"),
     "--multi-latent-attention": _Known("multi_latent_attention"),
     "--experimental-attention-variant": _Known("experimental_attention_variant", "str"),
+    "--linear-attention-type": _Known("linear_attention_type", "str"),
+    "--enable-hyper-connections": _Known("enable_hyper_connections"),
+    "--enable-mhc-connections": _Known("enable_mhc_connections"),
+    "--rotary-base-per-layer": _Known("rotary_base_per_layer", "list"),
+    "--moe-n-hash-layers": _Known("moe_n_hash_layers", "int", 0),
+    "--expert-tensor-parallel-num-weight-shards": _Known("expert_tensor_parallel_num_weight_shards", "int"),
     "--hybrid-layer-pattern": _Known("hybrid_layer_pattern", "str"),
     "--hybrid-override-pattern": _Known("hybrid_override_pattern", "str"),
     "--is-hybrid-model": _Known("is_hybrid_model"),
@@ -139,7 +148,7 @@ KNOWN = {
 
 _MORE_SWITCHES = frozenset({
     "--flexsp", "--reset-position-ids", "--reset-attention-mask", "--delay-wgrad-compute",
-    "--dataloader-inter-document-masking", "--dynamic-context-parallel",
+    "--dataloader-inter-document-masking",
 })  # fmt: skip
 _MORE_LISTS = frozenset({"--cp-comm-type", "--hierarchical-context-parallel-sizes", "--rampup-batch-size"})
 _MORE_SINGLE = frozenset({

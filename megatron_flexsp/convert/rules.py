@@ -20,6 +20,7 @@ OTHER_MODELS = frozenset({
 _POINTLESS = {
     "--hybrid-context-parallel": "FlexSP forms the groups instead",
     "--dynamic-context-parallel": "FlexSP forms the groups instead",
+    "--sequence-packing-scheduler": "FlexSP's planner packs instead",
     "--max-seqlen-per-dp-cp-rank": "--flexsp-max-tokens-per-rank takes its place",
     "--cp-comm-type": "FlexSP's groups exchange in one way of their own",
     "--hierarchical-context-parallel-sizes": "FlexSP's groups exchange in one way of their own",

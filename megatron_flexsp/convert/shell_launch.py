@@ -106,7 +106,9 @@ def _launch(script: Script, command: Command, place: int, name: str, data: bytes
         )
     if _TUNING.search(base):
         return Other(
-            line, base, "it tunes a model on examples with answers: FlexSP takes the documents of a Megatron data set"
+            line,
+            base,
+            "it has data sets of its own: FlexSP's are Megatron's documents or, under --sft, conversations",
         )
     if program in ("deepspeed", "accelerate", "horovodrun", "colossalai"):
         return Other(

@@ -222,6 +222,8 @@ def merge(ways: Sequence[tuple[Variable, Condition]]) -> Variable:
         key = tuple(_identities(middle_part))
         if key not in options or (condition.likely and not options[key].condition.likely):
             options[key] = Option(middle_part, condition)
+    if len(options) == 1:
+        return values[0]
     return (*values[0][:head], Choice(tuple(options.values())), *values[0][len(values[0]) - tail :])
 
 
@@ -299,7 +301,7 @@ class _Splitter:
                 self._open = True
 
     def _take_choice(self, choice: Choice) -> None:
-        if choice.quoted or not any(_parts_words(option.value) for option in choice.options):
+        if choice.quoted or not _parts_words(choice):
             self._parts.append(choice)
             self._open = True
             return
@@ -313,9 +315,10 @@ class _Splitter:
         self._conditions = outer
 
 
-def _parts_words(value: Value) -> bool:
-    """Whether a value is no word or several, or a flag: something that stands by itself."""
-    if not value:
-        return True
-    text = "".join("\0" if piece.text is None else piece.text for piece in likely(value))
-    return not text.strip() or len(text.split()) > 1 or text[0] in " \t\n-" or text[-1] in " \t\n"
+def _parts_words(choice: Choice) -> bool:
+    """Whether an option is several words, or a flag: something that stands by itself where a variable is expanded."""
+    texts = [
+        "".join("\0" if piece.text is None else piece.text for piece in likely(option.value))
+        for option in choice.options
+    ]
+    return any(len(text.split()) > 1 or text.strip() != text or text.startswith("-") for text in texts)

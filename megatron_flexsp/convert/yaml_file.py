@@ -24,6 +24,9 @@ from megatron_flexsp.errors import FlexSPError
 _FEWEST_FLAGS = 3
 """Of so many flags a map or list is one of Megatron arguments."""
 
+_GENERATING = {"--num-tokens-to-generate", "--inference-max-requests", "--prompts", "--temperature", "--top_k"}
+"""Flags of jobs that generate text."""
+
 _SECTIONS = ("language_model", "model_parallel")
 """What the files for Megatron's ``--yaml-cfg`` are divided into."""
 
@@ -124,15 +127,13 @@ def _span(node: Any) -> Span:
 
 def _group(node: Any, root: Any, data: bytes) -> _Map | _List | None:
     """A map or list of Megatron arguments; None for anything else."""
-    script = _script_near(root)
-    if node.id == "mapping":
-        flags = [key for key, _ in node.value if key.id == "scalar" and str(key.value).startswith("--")]
-        return _Map(node, data, script) if len(flags) >= _FEWEST_FLAGS else None
-    items = node.value
+    items = [key for key, _ in node.value] if node.id == "mapping" else node.value
     if not all(item.id == "scalar" for item in items):
         return None
-    flags = [item for item in items if re.match(r"--[A-Za-z]", str(item.value))]
-    return _List(node, data, script) if len(flags) >= _FEWEST_FLAGS else None
+    flags = {re.split(r"[=\s]", str(item.value))[0] for item in items if re.match(r"--[A-Za-z]", str(item.value))}
+    if len(flags) < _FEWEST_FLAGS or (flags & _GENERATING and not flags & {"--train-iters", "--train-samples"}):
+        return None
+    return (_Map if node.id == "mapping" else _List)(node, data, _script_near(root))
 
 
 def _script_near(root: Any) -> str | None:

@@ -138,7 +138,7 @@ REFUSED = [
     ("deepspeed train.py --num-layers 2 --seq-length 8 --micro-batch-size 1 --lr 1", "deepspeed starts it"),
     ("torchrun pretrain_bert.py --num-layers 2 --seq-length 8 --lr 1", "pretrain_bert.py: it doesn't train a GPT"),
     ("torchrun pretrain_gpt.py --seq-length 8 --deepspeed", "line 1: --deepspeed: DeepSpeed's engine"),
-    ("torchrun finetune_gpt.py --seq-length 8 --lr 1", "finetune_gpt.py: it tunes a model"),
+    ("torchrun finetune_gpt.py --seq-length 8 --lr 1", "finetune_gpt.py: it has data sets of its own"),
     ("torchrun tools/run_text_generation_server.py --num-layers 2", "nothing to convert: .*server.py"),
     ("echo hello", "nothing to convert: no command that starts"),
     ("torchrun pretrain_gpt.py --num-layers 2 $ARGS", r"--seq-length isn't there to see.*Arguments may be in \$ARGS"),
