@@ -20,7 +20,7 @@ from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import CostModel, first_ranks
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
-from megatron_flexsp.runtime import GroupPool, ring_size_of
+from megatron_flexsp.runtime import GroupPool, Hosts, ring_size_of
 from megatron_flexsp.runtime.block_attention import check_block_attention
 
 
@@ -40,7 +40,7 @@ class Context:
     static_degree: int | None
     """The degree of all micro-batches of the static schedule; None for the others."""
     groups: GroupPool
-    hosts_group: dist.ProcessGroup
+    hosts: Hosts
     """All ranks of the world over gloo: what goes through it keeps no device waiting."""
     channel: PlanChannel
     domain_rank: int
@@ -87,15 +87,13 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     narrowest = narrowest_degree(settings, capacity, longest, longest_in)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     domain_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    hosts_group = parallel_state.create_group(
-        list(range(dist.get_world_size())), timeout=timeout, backend="gloo", group_desc="FLEXSP_PLANS"
+    hosts = Hosts(
+        lambda ranks: parallel_state.create_group(ranks, timeout=timeout, backend="gloo", group_desc="FLEXSP_HOSTS")
     )
-    domains: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(domains, dist.get_process_group_ranks(domain_group), group=hosts_group)
     is_static = settings.schedule == "static" and settings.profile is None
     used = (narrowest,) if is_static else settings.degrees
     groups = GroupPool(
-        domains=sorted({tuple(domain) for domain in domains}),
+        domains=_domains(hosts, dist.get_process_group_ranks(domain_group)),
         blocks=[
             (first_rank, degree)
             for degree in sorted({1, *used})  # fillers have one rank
@@ -109,7 +107,7 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     if any(ring_size_of(degree, settings.query_heads) > 1 for degree in used):
         check_block_attention(device, args.params_dtype, args.kv_channels)
     groups.warm_up(device)
-    channel = PlanChannel(hosts_group)
+    channel = PlanChannel(hosts)
     request = plan_request(settings, cost_model, capacity, narrowest)
     return Context(
         settings=settings,
@@ -117,12 +115,21 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         token_capacity=capacity,
         static_degree=narrowest if settings.schedule == "static" else None,
         groups=groups,
-        hosts_group=hosts_group,
+        hosts=hosts,
         channel=channel,
         request=request,
         domain_rank=groups.domain.index(dist.get_rank()),
         planner=PlanningService(request) if channel.plans_here else None,
     )
+
+
+def _domains(hosts: Hosts, domain: list[int]) -> list[tuple[int, ...]]:
+    """The global ranks of every domain of the world, in domain order, from each rank's own. Collective."""
+    places = hosts.gather(domain.index(dist.get_rank()))
+    domains: dict[int, list[int]] = {}
+    for rank, first_rank in enumerate(hosts.gather(domain[0])):
+        domains.setdefault(first_rank, []).append(rank)
+    return sorted(tuple(sorted(ranks, key=places.__getitem__)) for ranks in domains.values())
 
 
 def token_capacity(settings: Settings, cost_model: CostModel) -> int:

@@ -88,7 +88,7 @@ class StepRunner:
         else:
             state, activations = self._allocated_bytes(batch)
         figures = torch.tensor([state, activations], dtype=torch.float64)
-        dist.all_reduce(figures, op=dist.ReduceOp.MAX, group=self._context.hosts_group)
+        self._context.hosts.all_reduce(figures, dist.ReduceOp.MAX)
         return MeasuredBytes(*figures.tolist())
 
     def exchange_seconds(self, degree: int, bytes_per_rank: int, repeats: int) -> list[float]:
@@ -120,12 +120,12 @@ class StepRunner:
 
     def _slowest(self, work: Callable[[], None]) -> float:
         _wait_for_device()
-        dist.barrier(group=self._context.hosts_group)
+        self._context.hosts.barrier()
         started = time.perf_counter()
         work()
         _wait_for_device()
         taken = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-        dist.all_reduce(taken, op=dist.ReduceOp.MAX, group=self._context.hosts_group)
+        self._context.hosts.all_reduce(taken, dist.ReduceOp.MAX)
         return float(taken)
 
     def _allocated_bytes(self, batch: PlannedBatch) -> tuple[float, float]:

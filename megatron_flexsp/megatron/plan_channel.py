@@ -1,6 +1,6 @@
 """One rank plans, all ranks run the same plan or stop with the same error.
 
-Everything goes over a process group of the hosts (gloo), so that no device ever waits for a plan.
+Everything goes from host to host, so that no device ever waits for a plan.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import Plan
 from megatron_flexsp.planner.wire import plan_from_bytes, plan_to_bytes
+from megatron_flexsp.runtime import Hosts
 
 PLANNING_RANK = 0
+"""The root of the tree that plans travel along."""
 
 _DIFFERENCES = (
     (
@@ -52,12 +54,12 @@ class PlanChannel:
 
     Parameters
     ----------
-    group
-        A gloo group of all ranks of the world. Its timeout is the longest wait for a plan.
+    hosts
+        All ranks of the world. The timeout of its groups is the longest wait for a plan.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
         self._rank = dist.get_rank()
 
     @property
@@ -93,20 +95,19 @@ class PlanChannel:
 
     def _broadcast(self, payload: bytes) -> bytes:
         size = torch.tensor([len(payload)], dtype=torch.int64)
-        dist.broadcast(size, PLANNING_RANK, group=self._group)
+        self._hosts.broadcast(size)
         data = torch.zeros(int(size), dtype=torch.uint8)
         if self.plans_here:
             data = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-        dist.broadcast(data, PLANNING_RANK, group=self._group)
+        self._hosts.broadcast(data)
         return data.numpy().tobytes()
 
     def _agree(self, *same: bool) -> None:
         """Stop all ranks if any of them differs from the planning rank, in the batch or in the plan."""
         agreed = torch.tensor(same, dtype=torch.int32)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._group)
+        self._hosts.all_reduce(agreed, dist.ReduceOp.MIN)
         for kind, (what, remedy) in enumerate(_DIFFERENCES):
             if not int(agreed[kind]):
-                verdicts: list[bool] = [False] * dist.get_world_size(self._group)
-                dist.all_gather_object(verdicts, same[kind], group=self._group)
+                verdicts = self._hosts.gather(same[kind])
                 others = [rank for rank, verdict in enumerate(verdicts) if not verdict]
                 raise FlexSPError(f"rank(s) {others} differ from rank {PLANNING_RANK} in {what}. {remedy}")

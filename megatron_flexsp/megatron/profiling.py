@@ -82,7 +82,7 @@ class Profiler:
             context: Context = self._run.context
             runner = StepRunner(original, signature.bind(*args, **kwargs), context)
             _Measurement(self._run, runner, context).take()
-            dist.barrier(group=context.hosts_group)
+            context.hosts.barrier()
             dist.destroy_process_group()
             raise SystemExit(0)
 
@@ -166,7 +166,7 @@ class _Measurement:
         free, total = torch.cuda.mem_get_info()
         outside = total - free - torch.cuda.memory_reserved()
         budget = torch.tensor(_USABLE_MEMORY * (total - outside), dtype=torch.float64)
-        dist.all_reduce(budget, op=dist.ReduceOp.MIN, group=self._context.hosts_group)
+        self._context.hosts.all_reduce(budget, dist.ReduceOp.MIN)
         return float(budget), state, per_token
 
     def _tokens_per_rank(self, memory: list[tuple[int, MeasuredBytes]]) -> int:

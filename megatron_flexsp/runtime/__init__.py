@@ -5,12 +5,14 @@ G key/value heads, h and g the heads that one rank holds during attention, D hea
 """
 
 from megatron_flexsp.runtime.groups import GroupPool, SequenceGroup
+from megatron_flexsp.runtime.hosts import Hosts
 from megatron_flexsp.runtime.packing import PackLayout, Piece, ring_size_of
 from megatron_flexsp.runtime.ring import RingSchedule, ring_attention
 from megatron_flexsp.runtime.ulysses import ulysses_attention
 
 __all__ = [
     "GroupPool",
+    "Hosts",
     "PackLayout",
     "Piece",
     "RingSchedule",

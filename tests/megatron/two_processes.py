@@ -20,6 +20,7 @@ from megatron_flexsp.megatron.mock_documents import MockDocuments
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import CostModel, MicroBatch, Plan
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
+from megatron_flexsp.runtime import Hosts
 from tests.megatron.stored import configuration
 
 COST_MODEL = CostModel(
@@ -73,7 +74,7 @@ def batches(channel: PlanChannel, rank: int, longest: int) -> list[Any]:
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    channel = PlanChannel(dist.new_group(backend="gloo"))
+    channel = PlanChannel(Hosts(dist.new_group))
     plan = plan_for(np.array([5, 7, 9]))
     seen = {
         "plan": shared(channel, [5, 7, 9], plan),

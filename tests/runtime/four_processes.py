@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_flexsp.planner import first_ranks
 from megatron_flexsp.runtime import (
     GroupPool,
+    Hosts,
     PackLayout,
     RingSchedule,
     SequenceGroup,
@@ -40,10 +41,27 @@ def main() -> None:
     two_domains, created = pool([[0, 2], [1, 3]], degrees=(1, 2))
     seen["two domains"] = described(two_domains, created)
     seen["sums"] = [sum_over(one_domain, 0, 4), sum_over(two_domains, 0, 2)]
+    seen["hosts"] = {str(fan_out): told_through(fan_out) for fan_out in (2, 3, 64)}
     three = dist.new_group([0, 1, 2])
     seen["differences"] = {case.name: differences(case, one_domain, three) for case in CASES}
     Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps(seen))
     dist.destroy_process_group()
+
+
+def told_through(fan_out: int) -> dict[str, Any]:
+    """What a tree of hosts tells this rank, and the groups that were made for it."""
+    created = []
+
+    def create(ranks: list[int]) -> dist.ProcessGroup:
+        created.append(ranks)
+        return dist.new_group(ranks)
+
+    hosts, rank = Hosts(create, fan_out), dist.get_rank()
+    news, least = torch.tensor([10 + rank]), torch.tensor([7 - rank, rank])
+    hosts.broadcast(news)
+    hosts.all_reduce(least, dist.ReduceOp.MIN)
+    hosts.barrier()
+    return {"groups": created, "news": news.item(), "least": least.tolist(), "gathered": hosts.gather(rank * rank)}
 
 
 def pool(domains: list[list[int]], degrees: tuple[int, ...]) -> tuple[GroupPool, list[list[int]]]:
