@@ -42,6 +42,7 @@ EXTRAS = {
         "plotly>=6,<8",
         "psutil>=5.9,<8",
         "pytest>=8,<10",
+        "pytest-xdist>=3.5,<4",
         "ruff>=0.9,<1",
         "tensorboard>=2.16,<3",
         "transformers>=4.50,<6",  # what --sft tokenises with

@@ -44,7 +44,8 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "--flexsp-degrees",
         metavar="D,D,...",
         help="Group sizes that plans may use, for example 1,2,8: powers of two or the whole data-parallel "
-        "size. Default: all that divide the attention heads of a tensor-parallel rank; wider ones use ring attention.",
+        "size. Default: all that divide the attention heads of a tensor-parallel rank, and wider ones where "
+        "--flexsp-max-tokens-per-rank leaves the longest sequence too large for those. Wider ones use ring attention.",
     )
     group.add_argument(
         "--flexsp-cost-model",
@@ -282,7 +283,8 @@ def _schedule(args: argparse.Namespace) -> str:
 def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel | None) -> tuple[int, ...]:
     """The group sizes that domain and cost model allow; asked-for ones are checked, not dropped.
 
-    Rings, which are groups of more ranks than a tensor-parallel rank has attention heads, must be asked for.
+    Rings, which are groups of more ranks than a tensor-parallel rank has attention heads, must be asked for, unless
+    nothing else holds a sequence of ``--seq-length``.
     """
     legal = legal_degrees(domain_size)
     heads = args.num_attention_heads // args.tensor_model_parallel_size
@@ -292,7 +294,9 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
     elif args.flexsp_degrees is not None:
         flag, asked = "--flexsp-degrees", _parse_degrees(args.flexsp_degrees)
     else:
-        return tuple(degree for degree in legal if heads % degree == 0 and _has_bandwidth(cost_model, degree))
+        priced = [degree for degree in legal if _has_bandwidth(cost_model, degree)]
+        shared = [degree for degree in priced if heads % degree == 0]
+        return tuple(shared + _needed_rings(args, priced, shared[-1]))
     rings = [degree for degree in asked if ring_size_of(degree, heads) > 1]
     if rings and (getattr(args, "window_size", None) or getattr(args, "softmax_type", "vanilla") != "vanilla"):
         raise FlexSPError(
@@ -311,6 +315,20 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
                 "degree out"
             )
     return tuple(sorted(set(asked)))
+
+
+def _needed_rings(args: argparse.Namespace, priced: list[int], widest: int) -> list[int]:
+    """The degrees beyond the widest that the heads allow, up to one that holds the longest sequence."""
+    slice_tokens = args.flexsp_max_tokens_per_rank
+    if (
+        slice_tokens is None
+        or getattr(args, "window_size", None)
+        or getattr(args, "softmax_type", "vanilla") != "vanilla"
+    ):
+        return []
+    wider = [degree for degree in priced if degree > widest and widest * slice_tokens < args.seq_length]
+    enough = next((degree for degree in wider if degree * slice_tokens >= args.seq_length), None)
+    return [] if enough is None else [degree for degree in wider if degree <= enough]
 
 
 def _has_bandwidth(cost_model: CostModel | None, degree: int) -> bool:

@@ -11,6 +11,7 @@ import argparse
 
 from megatron_flexsp.megatron import experts
 from megatron_flexsp.planner import CostModel
+from megatron_flexsp.runtime import ring_size_of
 
 # Operations a second that training reaches on a device, not its peak.
 _GPU_FLOPS_BY_CAPABILITY = {7: 50e12, 8: 140e12, 9: 400e12, 10: 800e12}
@@ -93,7 +94,8 @@ def estimate_cost_model(
         micro_batch_overhead_seconds=layers * layer_seconds,
         exchange_bytes_per_token=exchange_bytes_per_token(args),
         exchange_bandwidth_bytes_per_second={
-            degree: _bandwidth(degree * tensor_size, ranks_per_node, gpu is None) for degree in wide
+            degree: _with_ring(args, degree, _bandwidth(degree * tensor_size, ranks_per_node, gpu is None))
+            for degree in wide
         },
         exchange_latency_seconds={degree: exchanges * _latency(degree, gpu is None) for degree in wide},
         note="estimated from the model's arguments, not measured",
@@ -111,6 +113,26 @@ def exchange_bytes_per_token(args: argparse.Namespace) -> float:
     width = (args.num_attention_heads + groups) * args.kv_channels
     bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
     return exchanges_per_micro_batch(args) * width * bytes_per_value / args.tensor_model_parallel_size
+
+
+def _with_ring(args: argparse.Namespace, degree: int, bandwidth: float) -> float:
+    """The bandwidth that carries a group's all-to-alls in the time that they and its ring's transfers take.
+
+    In a ring of R blocks keys and values of every block, those heads that a rank holds, pass R - 1 times: once forward;
+    backward again, and with them their gradients in fp32. Nothing is taken to hide behind compute.
+    """
+    heads = args.num_attention_heads // args.tensor_model_parallel_size
+    ring_size = ring_size_of(degree, heads)
+    if ring_size == 1:
+        return bandwidth
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    held_heads = max(1.0, groups / args.tensor_model_parallel_size / (degree // ring_size))
+    bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
+    layers = -(-args.num_layers // args.pipeline_model_parallel_size)
+    passed_bytes = layers * held_heads * args.kv_channels * (2 * 2 * bytes_per_value + 2 * 4)
+    ring_bytes = passed_bytes * (ring_size - 1) / ring_size
+    exchanged_bytes = exchange_bytes_per_token(args) / degree
+    return bandwidth * exchanged_bytes / (exchanged_bytes + ring_bytes)
 
 
 def _bandwidth(ranks: int, ranks_per_node: int, cpu: bool) -> float:

@@ -122,6 +122,20 @@ class TestSettings:
         )
         assert (settings.degrees, settings.query_heads) == ((1, 4), 2)
 
+    @pytest.mark.parametrize(
+        ("more", "degrees"),
+        [
+            ("--flexsp-max-tokens-per-rank 32", (1, 2)),
+            ("--flexsp-max-tokens-per-rank 16", (1, 2, 4)),
+            ("--flexsp-max-tokens-per-rank 10", (1, 2, 4, 8)),
+            ("--flexsp-max-tokens-per-rank 7", (1, 2)),  # nothing holds it: the error says so later
+        ],
+    )
+    def test_rings_are_offered_where_nothing_else_holds_the_longest_sequence(
+        self, parse: Parse, more: str, degrees: tuple[int, ...]
+    ) -> None:
+        assert settings_from_args(parse(f"--num-attention-heads 2 --seq-length 64 {more}")).degrees == degrees
+
     def test_degrees_without_a_bandwidth_are_not_offered(self, parse: Parse, tmp_path: Path) -> None:
         path = cost_model_file(tmp_path)
         settings = settings_from_args(parse(f"--flexsp-cost-model {path}"))

@@ -1,0 +1,40 @@
+"""The cost model that stands in for a measured one."""
+
+import argparse
+
+import pytest
+import torch
+
+from megatron_flexsp.megatron.estimate import estimate_cost_model, exchange_bytes_per_token
+
+HEADS, GROUPS, HEAD_WIDTH, LAYERS = 8, 2, 128, 4
+
+
+def arguments(**others: object) -> argparse.Namespace:
+    given = {
+        "num_layers": LAYERS, "hidden_size": 1024, "ffn_hidden_size": 4096, "num_attention_heads": HEADS,
+        "kv_channels": HEAD_WIDTH, "group_query_attention": True, "num_query_groups": GROUPS, "swiglu": True,
+        "padded_vocab_size": 1000, "vocab_size": None, "params_dtype": torch.bfloat16, "recompute_granularity": None,
+        "sequence_parallel": False, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
+        "data_parallel_size": 32, "use_distributed_optimizer": True, "seq_length": 4096, "num_experts": None,
+        "moe_layer_freq": 1,
+    }  # fmt: skip
+    return argparse.Namespace(**(given | others))
+
+
+def test_a_ring_pays_for_the_keys_and_values_that_it_passes_on() -> None:
+    args = arguments()
+    model = estimate_cost_model(args, (1, 8, 16, 32), gpu=(9, 80 << 30), ranks_per_node=8, micro_batches_in_flight=1)
+    network = 20e9
+
+    def exchange_seconds(degree: int) -> float:
+        """Of a token of the pack, latency aside."""
+        return model.exchange_bytes_per_token / degree / model.exchange_bandwidth_bytes_per_second[degree]
+
+    # A rank of a ring of blocks of 8 holds one key/value head: 2 x 128 values of 2 bytes forward; backward the same,
+    # and gradients of 4 bytes.
+    passed = LAYERS * 2 * HEAD_WIDTH * (2 + 2 + 4)
+    assert exchange_seconds(16) == pytest.approx((exchange_bytes_per_token(args) / 16 + passed / 2) / network)
+    assert exchange_seconds(32) == pytest.approx((exchange_bytes_per_token(args) / 32 + passed * 3 / 4) / network)
+    # Eight ranks share the heads: no ring.
+    assert model.exchange_bandwidth_bytes_per_second[8] == 150e9
