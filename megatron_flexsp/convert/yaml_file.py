@@ -24,16 +24,31 @@ from megatron_flexsp.errors import FlexSPError
 _FEWEST_FLAGS = 3
 """Of so many flags a map or list is one of Megatron arguments."""
 
+_NAMES = {
+    "seq_length", "num_layers", "hidden_size", "num_attention_heads", "micro_batch_size", "global_batch_size",
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "train_iters",
+    "train_samples", "lr", "max_position_embeddings",
+}  # fmt: skip
+"""Megatron's arguments under their Python names, as some recipes have them."""
+
 _GENERATING = {"--num-tokens-to-generate", "--inference-max-requests", "--prompts", "--temperature", "--top_k"}
 """Flags of jobs that generate text."""
 
-_SECTIONS = ("language_model", "model_parallel")
+_SECTIONS = {"language_model", "model_parallel"}
 """What the files for Megatron's ``--yaml-cfg`` are divided into."""
 
 
 def convert_yaml(data: bytes, path: Path, wishes: Wishes) -> Result:
     """A YAML file's FlexSP version; the same contract as that of the other front ends."""
     root = _composed(data, path)
+    if root is not None and root.id == "mapping" and {key.value for key, _ in root.value} >= _SECTIONS:
+        raise Unconvertible(
+            [
+                "a file for --yaml-cfg: Megatron ignores the command line beside it, where FlexSP's flags are, and "
+                "starts only with a file that has every one of its release's arguments in it. Give the settings as "
+                "flags, then convert the command"
+            ]
+        )
     reasons: list[str] = []
     notes: dict[str, None] = {}
     problems: list[str] = []
@@ -66,7 +81,9 @@ def convert_yaml(data: bytes, path: Path, wishes: Wishes) -> Result:
     if problems:
         raise Unconvertible(problems)
     if not found:
-        raise Unconvertible([_nothing_found(root)])
+        raise Unconvertible(
+            ["nothing to convert: no map or list of Megatron's arguments, and no command that starts training"]
+        )
     return Result(apply(data, edits), reasons, list(notes), edits)
 
 
@@ -103,16 +120,6 @@ def _nodes(node: Any) -> Iterator[Any]:
             pending += current.value
 
 
-def _nothing_found(root: Any) -> str:
-    keys = {key.value for key, _ in root.value} if root is not None and root.id == "mapping" else set()
-    if keys & set(_SECTIONS):
-        return (
-            "--yaml-cfg file: FlexSP reads its flags from the command line, and Megatron ignores the command line "
-            "where there is --yaml-cfg. Give the same settings as flags, then convert the command"
-        )
-    return "nothing to convert: no map or list of Megatron's flags (--micro-batch-size ...), and no command with them"
-
-
 @dataclass(frozen=True)
 class _Entry:
     """A flag with its values, and the bytes that it takes in the file."""
@@ -125,15 +132,20 @@ def _span(node: Any) -> Span:
     return Span(node.start_mark.index, node.end_mark.index)
 
 
-def _group(node: Any, root: Any, data: bytes) -> _Map | _List | None:
+def _group(node: Any, root: Any, data: bytes) -> _Arguments | None:
     """A map or list of Megatron arguments; None for anything else."""
     items = [key for key, _ in node.value] if node.id == "mapping" else node.value
     if not all(item.id == "scalar" for item in items):
         return None
     flags = {re.split(r"[=\s]", str(item.value))[0] for item in items if re.match(r"--[A-Za-z]", str(item.value))}
-    if len(flags) < _FEWEST_FLAGS or (flags & _GENERATING and not flags & {"--train-iters", "--train-samples"}):
+    if flags & _GENERATING and not flags & {"--train-iters", "--train-samples"}:
         return None
-    return (_Map if node.id == "mapping" else _List)(node, data, _script_near(root))
+    if len(flags) >= _FEWEST_FLAGS:
+        return (_Map if node.id == "mapping" else _List)(node, data, _script_near(root))
+    names = {str(item.value).replace("-", "_") for item in items} if node.id == "mapping" else set()
+    if "seq_length" in names and len(names & _NAMES) > _FEWEST_FLAGS:
+        return _NamedMap(node, data, _script_near(root))
+    return None
 
 
 def _script_near(root: Any) -> str | None:
@@ -248,14 +260,20 @@ class _Map(_Arguments):
 
     def _read(self) -> Iterator[_Entry]:
         for key, value in self._node.value:
-            if key.id == "scalar" and str(key.value).startswith("--"):
+            if str(key.value).startswith("--"):
                 yield _Entry(key, (value,))
+
+    def _flag_of(self, key: str) -> str:
+        return key
+
+    def _key_of(self, flag: str) -> str:
+        return flag
 
     def _first(self) -> int:
         return int(self._entries[0].flag.start_mark.index)
 
     def _argument(self, number: int, entry: _Entry) -> Argument | None:
-        flag, value = entry.flag.value, entry.values[0]
+        flag, value = self._flag_of(str(entry.flag.value)), entry.values[0]
         line = self._line(entry.flag)
         if value.id == "sequence":
             return Argument(flag, tuple(self._value(str(v.value), number) for v in value.value), line, (), number)
@@ -275,7 +293,10 @@ class _Map(_Arguments):
         first = self._first()
         quote = self._data[first : first + 1].decode("latin-1")
         quote = quote if quote in "\"'" else ""
-        lines = [f"{quote}{flag}{quote}: {'true' if value is None else _scalar(value)}" for flag, value in added]
+        lines = [
+            f"{quote}{self._key_of(flag)}{quote}: {'true' if value is None else _scalar(value)}"
+            for flag, value in added
+        ]
         between = ", " if self._flow() else f"\n{self._indent().decode()}"
         return Edit(first, first, (between.join(lines) + between).encode())
 
@@ -285,7 +306,24 @@ class _Map(_Arguments):
         return [(int(entry.flag.start_mark.index), len(self._data[:end].rstrip()))]
 
 
-def _scalar(value: str) -> str:
+class _NamedMap(_Map):
+    """``micro_batch_size: 4`` or ``micro-batch-size: 4`` for each argument."""
+
+    def _read(self) -> Iterator[_Entry]:
+        for key, value in self._node.value:
+            yield _Entry(key, (value,))
+
+    def _flag_of(self, key: str) -> str:
+        return "--" + key.replace("_", "-")
+
+    def _key_of(self, flag: str) -> str:
+        underscores = any("_" in str(entry.flag.value) for entry in self._entries)
+        return flag[2:].replace("-", "_") if underscores else flag[2:]
+
+
+def _scalar(value: str | None) -> str:
+    if value is None:
+        return "true"
     return f'"{value}"' if "," in value else value
 
 
