@@ -88,7 +88,12 @@ def decide(job: Job, wishes: Wishes) -> Decision:
             + (f". Arguments may be in {', '.join(job.unseen)}" if job.unseen else "")
         )
         return decision
-    if not job.launched:
+    if not job.launched and not new:
+        decision.notes.append(
+            f"{job.script} has --flexsp and isn't started through -m megatron_flexsp.run: right in a Megatron-LM that "
+            "is patched for it, else put that before it"
+        )
+    elif not job.launched:
         decision.changes.append(
             Launch(f"line {job.line}: -m megatron_flexsp.run put before {job.script}: FlexSP's launcher")
         )

@@ -149,7 +149,7 @@ class ScriptEdits:
                 formula.operands[0],
             )
             raise FlexSPError(
-                f"line {self._found.job.line}: {unclear.source} can't be known from the script"
+                f"line {self._found.job.line}: {unclear.source} isn't known from the script, or only under a condition"
                 + (f", so that {formula.meaning} can't be written down" if formula.meaning else "")
                 + ". Give it a variable that is set before this command, or a number, then convert again"
             )
@@ -170,15 +170,15 @@ class ScriptEdits:
         inner = re.fullmatch(r"\$\(\((.*)\)\)", source, re.DOTALL)
         if inner is not None and not re.search(r"[\\`\"'(]", inner[1]):
             return f"({inner[1]})"
-        if re.fullmatch(r"\$\{[A-Za-z_]\w*:?-\d+\}|\$\d|\$\{\d\}|\$\{\d:?-\d+\}", source):
+        if re.fullmatch(r"\$\{[A-Za-z_]\w*(?::?-\d+|\[\w+\])\}|\$\d|\$\{\d\}|\$\{\d:?-\d+\}", source):
             return source
         return None
 
     def _same_here(self, name: str, value: Value) -> bool:
         """Whether a variable holds, where the command runs, what it held where the argument was written."""
         variable = self._found.command.variables.get(name)
+        assert isinstance(value.place, int)
+        there = possible_texts(self._text.words[value.place].parts)
         if variable is None:
-            return value.text is None
-        if isinstance(variable, Array):
-            return False
-        return value.text in possible_texts(variable)
+            return None in there
+        return not isinstance(variable, Array) and there <= possible_texts(variable)

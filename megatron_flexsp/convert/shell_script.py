@@ -28,13 +28,17 @@ def convert_script(data: bytes, path: Path | None, wishes: Wishes) -> Result:
 
 def convert_source(source: Source, data: bytes, path: Path | None, wishes: Wishes) -> Result:
     """The same for shell text that stands in a file of another kind, whose bytes are ``data``."""
-    launches, others = find_launches(read_script(source, path), data)
+    script = read_script(source, path)
+    launches, others = find_launches(script, data)
     problems = [f"line {other.line}: {other.script}: {other.refused}" for other in others if other.refused]
     if not launches:
         raise Unconvertible(problems or [_nothing_found(others)])
     edits: list[Edit] = []
     reasons: dict[str, None] = {}
     notes: dict[str, None] = dict.fromkeys(f"left alone: {problem}" for problem in problems)
+    notes |= {
+        f"line {line} can't be read as bash and was passed over: see that it's right": None for line in script.unread
+    }
     refused: dict[str, None] = {}
     for launch in launches:
         decision = decide(launch.job, wishes)

@@ -76,3 +76,11 @@ def test_the_mean_length_comes_from_a_data_set_split_at_the_sequence_length(tmp_
     done = run(SCRIPT, "--data-path", tmp_path / "data")
     # The longest is split at 256 tokens: four sequences of 128 on average.
     assert "32 x 256 = 8,192 tokens before, 64 x 128 = 8,192 on average now (+0.0%)" in done.stderr
+
+
+def test_a_missing_package_is_named() -> None:
+    program = "import sys; sys.modules['tree_sitter'] = sys.modules['torch'] = None; "
+    program += f"from megatron_flexsp.cli import main; main(['convert', {str(SCRIPT)!r}])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "tree_sitter" in done.stderr and "pip install 'megatron-flexsp[convert]'" in done.stderr

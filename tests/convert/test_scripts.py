@@ -18,6 +18,22 @@ def expected(capacity: int, **others: list[str] | None) -> dict[str, list[str] |
     return {**NEW, "--flexsp-max-tokens-per-rank": [str(capacity)], **named}
 
 
+TOUCHED = [
+    "context",
+    "dropout",
+    "cp-comm",
+    "eod-mask",
+    "reset",
+    "micro-batch",
+    "global-batch",
+    "align",
+    "average",
+    "launch",
+    "pretrain-gpt",
+    "args:",
+]
+"""What a changed line has in it; the last line of a continued command may lose its mark."""
+
 # Script, variables from outside, what changes among the arguments.
 CHANGES = [
     (
@@ -82,9 +98,10 @@ def test_what_is_not_changed_stays_and_a_second_conversion_changes_nothing(path:
     assert converted(once.data, path.name).data == once.data
     assert converted(once.data, path.name).reasons == []
     before, after = data.decode().splitlines(), once.data.decode().splitlines()
-    kept = [line for line in difflib.ndiff(before, after) if line.startswith("  ")]
-    flagged = sum("--" in line for line in before)
-    assert len(kept) >= len(before) - flagged  # lines without a flag are as they were
+    gone = [line[2:] for line in difflib.ndiff(before, after) if line.startswith("- ")]
+    for line in gone:
+        named = line.replace("_", "-")
+        assert any(part in named for part in TOUCHED) or line.endswith(" \\") or line.strip().startswith('- "'), line
     for line in before:
         comment = line.partition("#")[2]
         assert comment in once.data.decode()
@@ -160,6 +177,34 @@ REFUSED = [
 def test_what_can_not_be_converted_is_named(script: str, reason: str) -> None:
     with pytest.raises(Unconvertible, match=reason):
         converted(script.encode())
+
+
+FORMS = [
+    # What a script has, and the capacity that bash works out; 4096 tokens, 2 samples, 4 ranks of context parallelism.
+    ("cmd=$(cat <<X\n $A\nX\n)\ntorchrun pretrain_gpt.py $cmd", "2048"),
+    ('CMD=(torchrun\n  pretrain_gpt.py\n  $A)\n"${CMD[@]}" > log 2>&1', "2048"),
+    ('f() { n=$1; shift; torchrun --nproc_per_node $n "$@"; }\nif ! f 8 pretrain_gpt.py $A; then exit 1; fi', "2048"),
+    ("for c in 4; do torchrun pretrain_gpt.py $A --context-parallel-size $c; done", "2048"),
+    ("CP=4; [[ $N -gt 1 ]] && CP=8\ntorchrun pretrain_gpt.py $A --context-parallel-size ${CP}", "2048"),
+    ("declare -A C=([cp]=4)\ntorchrun pretrain_gpt.py $A --context-parallel-size ${C[cp]}", "2048"),
+    ("export O='$A'\nbash -c 'torchrun pretrain_gpt.py $O'", "2048"),
+    ('SCRIPT=./pretrain_gpt.py\nwhile [ $# -gt 0 ]; do shift; done\ntorchrun "$SCRIPT" $A || exit 1', "2048"),
+]
+
+
+@pytest.mark.parametrize(("form", "capacity"), FORMS)
+def test_forms_of_launches(form: str, capacity: str, calls: Calls) -> None:
+    written = "--num-layers 2 --seq-length 4096 --micro-batch-size 2 --lr 1"
+    if "--context-parallel-size" not in form:
+        written += " --context-parallel-size 4"
+    script = form.replace("$A", written).encode() + b"\n"
+    once = converted(script).data
+    assert converted(once).data == once
+    (call,) = calls(once)
+    assert call.launcher[-3:-1] == ["-m", "megatron_flexsp.run"]
+    assert call.flags["--flexsp-max-tokens-per-rank"] == [capacity]
+    assert call.flags["--micro-batch-size"] == ["1"]
+    assert "--context-parallel-size" not in call.flags
 
 
 def test_all_reasons_come_at_once() -> None:
