@@ -195,22 +195,6 @@ JOB_REFUSALS = (
         applies=lambda args: getattr(args, "use_megatron_fsdp", False) or args.use_torch_fsdp2,
     ),
     Refusal(
-        flags=("--attention-dropout",),
-        subject="--attention-dropout other than 0 (Megatron's default is 0.1)",
-        reason="the ranks of a group would draw the same masks for different heads",
-        remedy="Set --attention-dropout 0 (--use-checkpoint-args takes the checkpoint's)",
-        mendable=True,
-        applies=lambda args: args.attention_dropout != 0,
-    ),
-    Refusal(
-        flags=("--hidden-dropout",),
-        subject="--hidden-dropout other than 0 (Megatron's default is 0.1)",
-        reason="what is dropped would depend on the plan, and a resumed run would drop something else",
-        remedy="Set --hidden-dropout 0",
-        mendable=True,
-        applies=lambda args: args.hidden_dropout != 0,
-    ),
-    Refusal(
         flags=("--transformer-impl",),
         subject="--transformer-impl inference_optimized",
         reason="it does not train",

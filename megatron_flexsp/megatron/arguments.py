@@ -298,10 +298,11 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
         shared = [degree for degree in priced if heads % degree == 0]
         return tuple(shared + _needed_rings(args, priced, shared[-1]))
     rings = [degree for degree in asked if ring_size_of(degree, heads) > 1]
-    if rings and (getattr(args, "window_size", None) or getattr(args, "softmax_type", "vanilla") != "vanilla"):
+    if rings and not _rings_can_compute(args):
         raise FlexSPError(
             f"{flag}: groups of {', '.join(map(str, rings))} ranks share {heads} attention heads by ring attention, "
-            "which has no --window-size and only --softmax-type vanilla. Ask for divisors of the heads"
+            "which has no --window-size, only --softmax-type vanilla and --attention-dropout 0. Ask for divisors of "
+            "the heads"
         )
     for degree in asked:
         if degree not in legal:
@@ -317,14 +318,16 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
     return tuple(sorted(set(asked)))
 
 
+def _rings_can_compute(args: argparse.Namespace) -> bool:
+    """Whether ring attention has what the job's attention does."""
+    is_vanilla = getattr(args, "softmax_type", "vanilla") == "vanilla"
+    return is_vanilla and not getattr(args, "window_size", None) and not args.attention_dropout
+
+
 def _needed_rings(args: argparse.Namespace, priced: list[int], widest: int) -> list[int]:
     """The degrees beyond the widest that the heads allow, up to one that holds the longest sequence."""
     slice_tokens = args.flexsp_max_tokens_per_rank
-    if (
-        slice_tokens is None
-        or getattr(args, "window_size", None)
-        or getattr(args, "softmax_type", "vanilla") != "vanilla"
-    ):
+    if slice_tokens is None or not _rings_can_compute(args):
         return []
     wider = [degree for degree in priced if degree > widest and widest * slice_tokens < args.seq_length]
     enough = next((degree for degree in wider if degree * slice_tokens >= args.seq_length), None)

@@ -7,11 +7,13 @@ two attentions notices the pack. Only the two operations that mix or number toke
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from megatron_flexsp.runtime import PackLayout, RingSchedule, SequenceGroup, ring_attention, ulysses_attention
@@ -86,11 +88,20 @@ def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # by it inside the softmax; together that is one factor.
         scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1.0)
         kernel: Kernel
+        random_states: AbstractContextManager[None] = nullcontext()
         if packed_seq_params.ring is None:
-            kernel = partial(packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=scale)
+            dropout = self.attention_dropout.p if self.training else 0.0
+            kernel = partial(
+                packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=scale, dropout=dropout
+            )
+            if dropout and not self.config.sequence_parallel:
+                # Tensor-parallel ranks have other heads and must drop other weights; under sequence parallelism
+                # the whole layer runs on states of its own already.
+                random_states = get_cuda_rng_tracker().fork()
         else:
             kernel = partial(ring_attention, schedule=packed_seq_params.ring, group=group, softmax_scale=scale)
-        out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
+        with random_states:
+            out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
         return out_tHD.reshape(query.shape[0], 1, -1)
 
     return forward

@@ -41,6 +41,7 @@ from megatron_flexsp.megatron.context import Context, build_context, on_cpu
 from megatron_flexsp.megatron.conversations import tokenization_of, tokenize_all
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
 from megatron_flexsp.megatron.drift import DriftWatch, profile_command
+from megatron_flexsp.megatron.dropout import begin_step, has_dropout
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
 from megatron_flexsp.megatron.routers import RoutedPack, check_routers, routed
@@ -143,6 +144,8 @@ class FlexSPTraining:
         if tracer is not None:
             tracer.begin(get_args().curr_iteration + 1, batch)
         self._batch_tokens = int(batch.lengths.sum())
+        if not forward_only and has_dropout(get_args()):
+            begin_step(get_args(), self.context.domain_rank)
         micro_batches = batch.micro_batches
         result = schedule(
             data_iterator=iter(micro_batches) if chunks is None else [iter(micro_batches) for _ in range(chunks)],

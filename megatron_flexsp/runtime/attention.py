@@ -14,7 +14,12 @@ from torch import Tensor
 
 
 def packed_causal_attention(
-    q_ThD: Tensor, k_TgD: Tensor, v_TgD: Tensor, segment_lengths: Sequence[int], softmax_scale: float
+    q_ThD: Tensor,
+    k_TgD: Tensor,
+    v_TgD: Tensor,
+    segment_lengths: Sequence[int],
+    softmax_scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Each segment of the pack attends causally to itself.
 
@@ -26,6 +31,8 @@ def packed_causal_attention(
         Tokens of each segment; they add up to T.
     softmax_scale
         Factor of the scores before the softmax.
+    dropout
+        Share of the weights after the softmax that is dropped.
 
     Returns
     -------
@@ -44,7 +51,7 @@ def packed_causal_attention(
     for segment in segments:
         q_1hsD, k_1gsD, v_1gsD = (x.transpose(0, 1).unsqueeze(0) for x in segment)
         out_1hsD = F.scaled_dot_product_attention(
-            q_1hsD, k_1gsD, v_1gsD, is_causal=True, scale=softmax_scale, enable_gqa=grouped
+            q_1hsD, k_1gsD, v_1gsD, dropout_p=dropout, is_causal=True, scale=softmax_scale, enable_gqa=grouped
         )
         outputs.append(out_1hsD.squeeze(0).transpose(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -51,8 +51,6 @@ class TestCompatibility:
             ("--hybrid-override-pattern M*M*", "Mamba and hybrid layers"),
             ("--use-torch-fsdp2", "--use-torch-fsdp2"),
             ("--use-megatron-fsdp", "--use-megatron-fsdp"),
-            ("--attention-dropout 0.1", "--attention-dropout other than 0"),
-            ("--hidden-dropout 0.1", "--hidden-dropout other than 0"),
             ("--transformer-impl inference_optimized", "--transformer-impl inference_optimized"),
             ("--cuda-graph-impl local", "CUDA graphs"),
             ("--window-size 4,0", "--window-size with --transformer-impl local"),
