@@ -154,12 +154,6 @@ def _add(job: Job, new: bool, capacity: Formula | None, decision: Decision) -> N
                 f"{where}--calculate-per-token-loss added: every token weighs the same, whichever micro-batch it is in",
             )
         )
-    for flag, why in (
-        ("--attention-dropout", "the ranks of a group would draw the same masks for different heads"),
-        ("--hidden-dropout", "what is dropped would depend on the plan"),
-    ):
-        if not job.certain(flag):
-            add(Add(flag, Formula.of(0), f"{where}{flag} 0 added (Megatron's default is 0.1): {why}"))
     if new and capacity is not None and job.last(_CAPACITY) is None:
         add(
             Add(
@@ -195,7 +189,7 @@ def _capacity(job: Job) -> Formula | None:
 
 
 def _rings(job: Job, capacity: Formula | None, decision: Decision) -> None:
-    """Ask for groups wider than the attention heads, where the longest sequence needs them."""
+    """What to say of groups wider than the attention heads, where the longest sequence needs them."""
     length, heads = job.number("--seq-length"), job.number("--num-attention-heads")
     tensor = job.number("--tensor-model-parallel-size", 1)
     tokens = capacity.number if capacity is not None else None
@@ -215,22 +209,27 @@ def _rings(job: Job, capacity: Formula | None, decision: Decision) -> None:
             f"{domain} data-parallel ranks: give {_CAPACITY} more tokens, or start more ranks"
         )
         return
-    if job.last("--window-size") is not None or job.last("--softmax-type") is not None:
+    dropout = job.value("--attention-dropout")
+    without = [flag for flag in ("--window-size", "--softmax-type") if job.last(flag) is not None]
+    if dropout is None or not _is_zero(dropout):
+        without.append("--attention-dropout (Megatron's default is 0.1; set it to 0)")
+    if without:
         decision.problems.append(
             f"{where}a sequence of {length} tokens needs {wide} ranks, more than the {heads // tensor} attention heads "
-            "of a tensor-parallel rank: ring attention, which has no --window-size and no --softmax-type"
+            f"of a tensor-parallel rank: ring attention, which has no {' and no '.join(without)}"
         )
         return
-    degrees = ",".join(str(degree) for degree in legal if degree <= wide)
-    decision.changes.append(
-        Add(
-            "--flexsp-degrees",
-            Formula.of(degrees),
-            f"{where}--flexsp-degrees {degrees} added: a sequence of {length} tokens needs {wide} ranks, more than the "
-            f"{heads // tensor} attention heads of a tensor-parallel rank; wider groups use ring attention and must be "
-            "asked for",
-        )
+    decision.notes.append(
+        f"{where}a sequence of {length} tokens needs {wide} ranks, more than the {heads // tensor} attention heads of "
+        "a tensor-parallel rank: groups so wide use ring attention"
     )
+
+
+def _is_zero(value: Value) -> bool:
+    try:
+        return float(value.text or "nan") == 0 and value.fixed
+    except ValueError:
+        return False
 
 
 def _mend(job: Job, decision: Decision) -> None:
@@ -250,30 +249,9 @@ def _mend(job: Job, decision: Decision) -> None:
                 decision.changes.append(
                     Remove(argument, f"{where}{argument.written} taken out: the data set shuffles its documents")
                 )
-        elif argument.flag == "--micro-batch-size":
-            if value is not None and not (value.number == 1 and value.fixed):
-                decision.changes.append(
-                    SetValue(
-                        argument,
-                        (Formula.of(1),),
-                        f"{where}{argument.written} set to 1: the planner decides what a micro-batch holds, up to "
-                        f"{_CAPACITY}",
-                    )
-                )
-        elif argument.flag in ("--attention-dropout", "--hidden-dropout") and value is not None and not _is_zero(value):
-            why = (
-                "the ranks of a group would draw the same masks for different heads"
-                if argument.flag == "--attention-dropout"
-                else "what is dropped would depend on the plan"
-            )
-            decision.changes.append(SetValue(argument, (Formula.of(0),), f"{where}{argument.written} set to 0: {why}"))
-
-
-def _is_zero(value: Value) -> bool:
-    try:
-        return float(value.text or "nan") == 0 and value.fixed
-    except ValueError:
-        return False
+        elif argument.flag == "--micro-batch-size" and value is not None and not (value.number == 1 and value.fixed):
+            why = f"the planner decides what a micro-batch holds, up to {_CAPACITY}"
+            decision.changes.append(SetValue(argument, (Formula.of(1),), f"{where}{argument.written} set to 1: {why}"))
 
 
 def _ranks(job: Job) -> str:
@@ -301,7 +279,5 @@ def _note(job: Job, decision: Decision) -> None:
             f"arguments in {', '.join(job.unseen)} can't be seen here; what doesn't go with FlexSP among them is "
             "refused when training starts"
         )
-    if job.last("--use-checkpoint-args") is not None:
-        notes.append("--use-checkpoint-args takes the dropout of the checkpoint: it must be 0 there")
     if job.last("--load") is not None:
         notes.append("a checkpoint of a run without FlexSP goes on; its consumed samples then count documents")

@@ -9,7 +9,7 @@ from megatron_flexsp.convert.result import Unconvertible
 
 from .conftest import LAUNCHES, Calls, converted
 
-NEW = {"--flexsp": [], "--calculate-per-token-loss": [], "--attention-dropout": ["0"], "--hidden-dropout": ["0"]}
+NEW = {"--flexsp": [], "--calculate-per-token-loss": []}
 
 
 def expected(capacity: int, **others: list[str] | None) -> dict[str, list[str] | None]:
@@ -20,7 +20,6 @@ def expected(capacity: int, **others: list[str] | None) -> dict[str, list[str] |
 
 TOUCHED = [
     "context",
-    "dropout",
     "cp-comm",
     "eod-mask",
     "reset",
@@ -63,7 +62,7 @@ CHANGES = [
     ("heredoc.sh", {}, expected(64, context_parallel_size=None)),
     ("functions.sh", {}, expected(32, context_parallel_size=None, cp_comm_type=None)),
     ("functions.sh", {"MODEL": "large"}, expected(8, context_parallel_size=None, cp_comm_type=None)),
-    ("rings.sh", {}, expected(128, context_parallel_size=None, flexsp_degrees=["1,2,4,8"], global_batch_size=["8"])),
+    ("rings.sh", {}, expected(128, context_parallel_size=None, global_batch_size=["8"])),
 ]
 
 
