@@ -268,7 +268,9 @@ def _ranks(job: Job) -> str:
 def _note(job: Job, decision: Decision) -> None:
     notes = decision.notes
     if job.script is None:
-        notes.append("start them with FlexSP's launcher: `torchrun ... -m megatron_flexsp.run pretrain_gpt.py ...`")
+        notes.append(
+            "the file doesn't say what is started: it must be a GPT, as `-m megatron_flexsp.run pretrain_gpt.py ...`"
+        )
     elif "pretrain_gpt" not in job.script.lower():
         notes.append(
             f"{job.script} is not Megatron's pretrain_gpt.py: it must call Megatron's pretrain() with a GPT model; its "

@@ -140,7 +140,7 @@ class _Reader(Flow):
             or (re.search(r"\s", word.pattern.strip()) and _SCRIPT_IN_TEXT.search(word.pattern))
         ]
         for word in nested:
-            self._run_text(word.parts, line)
+            self._run_text(_without_option(word.parts), line)
         if not nested:
             self.script.commands.append(
                 Command(tuple(words), self._conditions, line, dict(self._scope.variables)),
@@ -180,6 +180,15 @@ class _Reader(Flow):
         self._depth += 1
         self.run_source(Source(path.read_bytes(), file=MAIN_FILE + len(self.script.files)))
         self._depth -= 1
+
+
+def _without_option(parts: Value) -> Value:
+    """The command in ``--wrap=command``."""
+    first = parts[0]
+    match = re.match(r"--[a-z-]+=", first.text or "") if isinstance(first, Piece) else None
+    if match is None or not isinstance(first, Piece):
+        return parts
+    return (first.cut(match.end(), len(first.text or "")), *parts[1:])
 
 
 def _joined(words: Sequence[Word]) -> Value:

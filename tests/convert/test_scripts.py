@@ -191,6 +191,15 @@ FORMS = [
 ]
 
 
+def test_a_command_in_an_option_is_converted() -> None:
+    script = (
+        b'sbatch --wrap="torchrun pretrain_gpt.py --num-layers 2 --seq-length 64 --lr 1 --context-parallel-size 2"\n'
+    )
+    after = converted(script).data.decode()
+    assert after.startswith('sbatch --wrap="torchrun -m megatron_flexsp.run pretrain_gpt.py --flexsp ')
+    assert after.endswith(' --flexsp-max-tokens-per-rank 32 --num-layers 2 --seq-length 64 --lr 1"\n')
+
+
 @pytest.mark.parametrize(("form", "capacity"), FORMS)
 def test_forms_of_launches(form: str, capacity: str, calls: Calls) -> None:
     written = "--num-layers 2 --seq-length 4096 --micro-batch-size 2 --lr 1"
