@@ -281,6 +281,13 @@ JOB_REFUSALS = (
         applies=lambda args: args.spec or getattr(args, "use_kitchen_attention", False),
     ),
     Refusal(
+        flags=("--use-legacy-models",),
+        subject="--use-legacy-models",
+        reason="FlexSP changes the attention of megatron.core, which they don't have",
+        remedy="Take the flag out where a checkpoint allows it",
+        applies=lambda args: getattr(args, "use_legacy_models", False),
+    ),
+    Refusal(
         flags=("--logits-load-dir",),
         subject="--logits-load-dir",
         reason="the teacher's logits are stored in the order of Megatron's own samples",

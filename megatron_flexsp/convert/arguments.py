@@ -119,6 +119,7 @@ KNOWN = {
     "--dataloader-type": _Known("dataloader_type", "str"),
     "--spec": _Known("spec", "list"),
     "--use-kitchen-attention": _Known("use_kitchen_attention"),
+    "--use-legacy-models": _Known("use_legacy_models"),
     "--logits-load-dir": _Known("logits_load_dir", "str"),
     "--tensor-parallel-num-weight-shards": _Known("tensor_parallel_num_weight_shards", "int"),
     "--inprocess-restart": _Known("inprocess_restart"),

@@ -45,6 +45,12 @@ _FOREIGN = (
 )  # fmt: skip
 """Beginnings of flags that other models than GPT have."""
 
+_GONE = frozenset({
+    "--data-impl", "--DDP-impl", "--log-batch-size-to-tensorboard", "--checkpoint-activations",
+    "--checkpoint-num-layers", "--batch-size", "--model-parallel-size", "--warmup",
+})  # fmt: skip
+"""Flags of old scripts with which no Megatron that FlexSP works with starts."""
+
 _CAPACITY = "--flexsp-max-tokens-per-rank"
 
 
@@ -276,6 +282,9 @@ def _note(job: Job, decision: Decision) -> None:
             f"{job.script} is not Megatron's pretrain_gpt.py: it must call Megatron's pretrain() with a GPT model; its "
             "own data sets and forward step are replaced, its loss function stays"
         )
+    gone = [argument.flag for argument in job.arguments if argument.flag in _GONE]
+    if gone:
+        notes.append(f"no Megatron from 0.17 on starts with {', '.join(dict.fromkeys(gone))}: see what replaces them")
     if job.unseen:
         notes.append(
             f"arguments in {', '.join(job.unseen)} can't be seen here; what doesn't go with FlexSP among them is "
