@@ -37,10 +37,10 @@ def convert(
 ) -> None:
     """Make INPUT, a Megatron launch of static groups, one of FlexSP.
 
-    INPUT is a bash script (.sh, sbatch), a YAML file with Megatron's arguments (a --yaml-cfg file, or a recipe with a
-    list or map of them) or a plain list of arguments. It is read, never run, and keeps its order, comments and
-    quoting. The converted text goes to --output or is printed; why each change was made goes to stderr. What FlexSP
-    can't be combined with is named, and then nothing is written and the exit code is 2.
+    INPUT is a bash script (.sh, sbatch), a YAML file with a map or list of Megatron's arguments or with such a script
+    in it, or a plain list of arguments. It is read, never run, and keeps its order, comments and quoting. The
+    converted text goes to --output or is printed; why each change was made goes to stderr. What FlexSP can't be
+    combined with is named, and then nothing is written and the exit code is 2.
 
     \b
     flexsp convert train.sh --diff

@@ -1,14 +1,14 @@
 """The command: where the text and the reasons go, and what ends it with which exit code."""
 
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from click.testing import CliRunner, Result
 
 from megatron_flexsp.convert.command import convert
-from megatron_flexsp.prepare.dataset import write_dataset
-from megatron_flexsp.prepare.sources import JsonLines
 
 from .conftest import LAUNCHES
 
@@ -70,9 +70,11 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_the_mean_length_comes_from_a_data_set_split_at_the_sequence_length(tmp_path: Path) -> None:
-    texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(f'{{"text": "{"x" * length}"}}\n' for length in (100, 100, 312)))
-    write_dataset(JsonLines((texts,), "text"), tmp_path / "data")
+    # Three documents, each one sequence; a document's first token is predicted by nothing.
+    lengths = np.array([101, 101, 313], "<i4")
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 8, 3, 4)
+    places = np.zeros(3, "<i8").tobytes() + np.arange(4, dtype="<i8").tobytes()
+    (tmp_path / "data.idx").write_bytes(header + lengths.tobytes() + places)
     done = run(SCRIPT, "--data-path", tmp_path / "data")
     # The longest is split at 256 tokens: four sequences of 128 on average.
     assert "32 x 256 = 8,192 tokens before, 64 x 128 = 8,192 on average now (+0.0%)" in done.stderr

@@ -52,7 +52,7 @@ def scripts(draw: st.DrawFn) -> str:
     return "\n".join(lines) + draw(st.sampled_from(["\n", "", " 2>&1\n"]))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(script=scripts())
 def test_any_script_starts_the_same_but_for_what_flexsp_needs(script: str, calls: Calls) -> None:
     once = converted(script.encode())
