@@ -67,3 +67,11 @@ def test_others_are_taken_with_a_warning(version: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(seams, "version", lambda: version)
     seams.check_version()
     assert f"Megatron {version} has not been tried" in (seams.warning() or "")
+
+
+def test_a_module_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_flexsp.megatron import plugin
+
+    monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", None)
+    with pytest.raises(FlexSPError, match=r"core\.extensions\.transformer_engine.* works with Megatron 0\.17"):
+        plugin.training_seams(profiles=False)
