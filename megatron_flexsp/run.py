@@ -46,7 +46,7 @@ def main(command_line: Sequence[str] | None = None) -> None:
     except FlexSPError as error:
         _stop(error)
     except Exception:
-        if any(word.startswith("--flexsp") for word in options.arguments):
+        if any(word.startswith("--flexsp") or word.split("=")[-1] == "flexsp" for word in options.arguments):
             # Most likely this rank only lost its connection to one that has something to say.
             _let_rank_0_speak()
         raise

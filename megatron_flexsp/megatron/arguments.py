@@ -83,9 +83,9 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument(
         "--flexsp-solver-time-limit",
         type=float,
-        default=1.0,
         metavar="SECONDS",
-        help="The longest that the planner may improve one plan.",
+        help="The longest that the planner may improve one plan. Default: 1, and 0.1 under "
+        "--sequence-packing-scheduler flexsp, which plans only one step ahead.",
     )
     group.add_argument(
         "--flexsp-trace",
@@ -253,7 +253,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         autotune=args.flexsp_autotune and args.flexsp_profile is None,
         sft=sft,
         plan_ahead=args.flexsp_plan_ahead,
-        solver_time_limit_seconds=args.flexsp_solver_time_limit,
+        solver_time_limit_seconds=1.0 if args.flexsp_solver_time_limit is None else args.flexsp_solver_time_limit,
         mock_lengths=args.flexsp_mock_lengths,
         trace=args.flexsp_trace,
         profile=args.flexsp_profile,
@@ -292,7 +292,7 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
     if args.flexsp_static_degree is not None:
         flag, asked = "--flexsp-static-degree", (args.flexsp_static_degree,)
     elif args.flexsp_degrees is not None:
-        flag, asked = "--flexsp-degrees", _parse_degrees(args.flexsp_degrees)
+        flag, asked = "--flexsp-degrees", parse_degrees(args.flexsp_degrees)
     else:
         priced = [degree for degree in legal if _has_bandwidth(cost_model, degree)]
         shared = [degree for degree in priced if heads % degree == 0]
@@ -338,7 +338,8 @@ def _has_bandwidth(cost_model: CostModel | None, degree: int) -> bool:
     return degree == 1 or cost_model is None or degree in cost_model.exchange_bandwidth_bytes_per_second
 
 
-def _parse_degrees(text: str) -> tuple[int, ...]:
+def parse_degrees(text: str) -> tuple[int, ...]:
+    """The value of --flexsp-degrees."""
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:

@@ -8,6 +8,7 @@ enough to train with; the seconds are not a forecast.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from megatron_flexsp.megatron import experts
 from megatron_flexsp.planner import CostModel
@@ -99,6 +100,31 @@ def estimate_cost_model(
         },
         exchange_latency_seconds={degree: exchanges * _latency(degree, gpu is None) for degree in wide},
         note="estimated from the model's arguments, not measured",
+    )
+
+
+def with_ring_exchange(cost_model: CostModel, args: argparse.Namespace) -> CostModel:
+    """An estimate whose groups attend in a ring, as Transformer Engine's ``p2p`` does, in place of our all-to-alls.
+
+    Each rank passes on keys and values of all others, and backward their gradients too: what it sends grows with the
+    ranks. None of it is taken to be hidden, which holds while a rank has a few thousand tokens of a sequence.
+    """
+    layers = -(-args.num_layers // args.pipeline_model_parallel_size)
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
+    passed_on = 3 * 2 * groups * args.kv_channels * bytes_per_value / args.tensor_model_parallel_size
+    # Two rounds of d - 1 steps a layer, in place of four exchanges.
+    steps = 2 / 4
+    return replace(
+        cost_model,
+        exchange_bytes_per_token=layers * passed_on,
+        exchange_bandwidth_bytes_per_second={
+            degree: bandwidth / (degree - 1)
+            for degree, bandwidth in cost_model.exchange_bandwidth_bytes_per_second.items()
+        },
+        exchange_latency_seconds={
+            degree: seconds * steps * (degree - 1) for degree, seconds in cost_model.exchange_latency_seconds.items()
+        },
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from megatron_flexsp.errors import FlexSPError
@@ -14,6 +15,8 @@ from megatron_flexsp.megatron.seams import Seam
 def install(command_line: Sequence[str]) -> None:
     """Register the flags; with ``--flexsp`` on the command line, put everything else in place too.
 
+    With ``--sequence-packing-scheduler flexsp`` only our planner comes in, and Megatron's executor stays.
+
     Raises
     ------
     FlexSPError
@@ -21,10 +24,22 @@ def install(command_line: Sequence[str]) -> None:
     """
     seams.install(flags_seams())
     profiles = any(word.split("=")[0] == "--flexsp-profile" for word in command_line)
-    if "--flexsp" in command_line or profiles:
+    if asks_for_scheduler(command_line):
+        # Imported here, as below: it needs more than a run without FlexSP has.
+        from megatron_flexsp.megatron import packing_scheduler
+
+        packing_scheduler.install(command_line)
+    elif "--flexsp" in command_line or profiles:
         seams.install(training_seams(profiles))
     elif any(word.startswith("--flexsp-") for word in command_line):
         raise FlexSPError("there are --flexsp-... flags but no --flexsp, which switches them on: add it")
+
+
+def asks_for_scheduler(command_line: Sequence[str]) -> bool:
+    """Whether Megatron's ``--sequence-packing-scheduler`` is ``flexsp``; the last one counts."""
+    words = [part for word in command_line for part in word.split("=", maxsplit=1)]
+    values = [value for flag, value in pairwise(words) if flag == "--sequence-packing-scheduler"]
+    return values[-1:] == ["flexsp"]
 
 
 def flags_seams() -> list[Seam]:
