@@ -101,7 +101,9 @@ def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = 
     for degree, value in (least_exchange or {}).items():
         least[4 + 2 * wide.index(degree) + 1] = value
     found = least_absolute_deviations(features / seconds[:, None], np.ones(len(samples)), least)
-    floor = _LEAST_SHARE_OF_LINEAR * found[2]
+    # Where a job is so small that its tokens seem to cost nothing, a share of all that a slice's token takes.
+    each = np.median(seconds / np.array([sample.times * sample.tokens / sample.degree for sample in samples]))
+    floor = _LEAST_SHARE_OF_LINEAR * max(found[2], _LEAST_SHARE_OF_LINEAR * float(each))
     return Constants(
         step=found[0],
         micro_batch=found[1],

@@ -70,3 +70,10 @@ def test_seconds_that_no_clock_gives_are_refused() -> None:
     broken[3] = replace(broken[3], seconds=0.0)
     with pytest.raises(FlexSPError, match="clock"):
         fit(broken)
+
+
+def test_bandwidths_stay_finite_where_tokens_seem_to_cost_nothing() -> None:
+    """A tiny job's steps take as long however many tokens they have."""
+    found = fit([replace(sample, seconds=0.4) for sample in samples(repeats=1, spread=0.0, disturbed=0.0)])
+    assert found.token == 0
+    assert min(found.exchanged_token.values()) > 0
