@@ -23,7 +23,7 @@ from megatron_flexsp.planner.rounds import (
 )
 
 _RULES = (RoundRules(), RoundRules(widen_most=1 << 30), RoundRules(widen_most=1))
-_RATIOS = (1.0, 1.3, 1.7, 2.4)
+_RATIOS = (1.0, 1.4, 2.2, 5.0)
 _COUNTS = 5
 _CLOSE_ENOUGH = 4e-3
 _LEAST_GAIN = 0.05
