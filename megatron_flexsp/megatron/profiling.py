@@ -37,6 +37,8 @@ _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 9
 """Rounds over all points, whatever --flexsp-profile-seconds says."""
 _EXCHANGE_REPEATS = 5
 _MOST_CHECKS = 3
+_PLANS_UNDER_WAY_SECONDS = 120.0
+"""What plans that are still under way may take before measuring begins."""
 _SAMPLED_LENGTHS = 4096
 _USABLE_MEMORY = 0.94
 """Of a GPU's memory that nothing outside the allocator takes: the rest is for its fragments."""
@@ -80,6 +82,7 @@ class Profiler:
             if self._steps == 1:
                 return original(*args, **kwargs)
             context: Context = self._run.context
+            self._run.settle(_PLANS_UNDER_WAY_SECONDS)
             runner = StepRunner(original, signature.bind(*args, **kwargs), context)
             _Measurement(self._run, runner, context).take()
             context.hosts.barrier()

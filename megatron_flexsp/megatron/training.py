@@ -84,6 +84,14 @@ class FlexSPTraining:
         assert self._context is not None
         return self._context
 
+    def settle(self, limit_seconds: float) -> None:
+        """Wait until the thread behind training has shared and read all that it was asked for.
+
+        Before this thread speaks with the other hosts itself: two threads' collectives would mix.
+        """
+        if self._background is not None:
+            self._background.finish(limit_seconds)
+
     def wrap_pretrain(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``pretrain`` with our data and forward step in place of the script's."""
 
@@ -96,8 +104,7 @@ class FlexSPTraining:
             bound.arguments["train_valid_test_dataset_provider"] = self._dataset_provider()
             bound.arguments["forward_step_func"] = functools.partial(self._forward_step, _script_loss(script_step))
             result = original(*bound.args, **bound.kwargs)
-            if self._background is not None:
-                self._background.finish(limit_seconds=_LAST_PLANS_SECONDS)
+            self.settle(_LAST_PLANS_SECONDS)
             return result
 
         return pretrain
