@@ -39,7 +39,7 @@ class Torchrun(Protocol):
         self,
         nproc: int,
         *args: str,
-        timeout_seconds: float = 120,
+        timeout_seconds: float = 240,
         env: Mapping[str, str] | None = None,
         check: bool = True,
         fresh: bool = False,
@@ -63,7 +63,7 @@ def torchrun() -> Iterator[Torchrun]:
         def run(
             nproc: int,
             *args: str,
-            timeout_seconds: float = 120,
+            timeout_seconds: float = 240,
             env: Mapping[str, str] | None = None,
             check: bool = True,
             fresh: bool = False,
