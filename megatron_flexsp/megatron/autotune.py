@@ -8,10 +8,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import CostModel, Plan
 from megatron_flexsp.profiler.refit import Refit, TimedStep, refit, timed_step
 
@@ -31,6 +33,10 @@ class Autotune:
         Stages whose fill and drain count.
     use
         Takes each new cost model; plans that are asked for afterwards rest on it.
+    tell
+        Takes a line for the log on each refit.
+    submit
+        Runs a function behind training: on large domains taking a step apart takes a while.
     clock
         Seconds from any fixed moment.
     """
@@ -40,32 +46,43 @@ class Autotune:
         cost_model: CostModel,
         pipeline_stages: int,
         use: Callable[[CostModel], None],
+        tell: Callable[[str], None],
+        submit: Callable[[Callable[[], None]], object],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._began_with = cost_model
         self._pipeline_stages = pipeline_stages
         self._use = use
+        self._tell = tell
+        self._submit = submit
         self._clock = clock
         self._began: tuple[float, Plan, NDArray[np.int64]] | None = None
         self._steps_seen = 0
         self._steps: deque[TimedStep] = deque(maxlen=_WINDOW_STEPS)
         self._waiting = 0
 
-    def begin_step(self, plan: Plan, lengths: NDArray[np.int64]) -> str | None:
-        """A step begins, and so the one before has ended. Returns what changed, if anything did."""
+    def begin_step(self, plan: Plan, lengths: NDArray[np.int64]) -> None:
+        """A step begins, and so the one before has ended."""
         now = self._clock()
         if self._began is not None and self._steps_seen > _WARM_UP_STEPS:
             began, ran, of = self._began
-            self._steps.append(timed_step(ran, of, self._began_with, self._pipeline_stages, now - began))
-            self._waiting += 1
+            self._submit(partial(self._learn, ran, of, now - began))
         self._steps_seen += 1
         self._began = (now, plan, lengths)
+
+    def _learn(self, plan: Plan, lengths: NDArray[np.int64], seconds: float) -> None:
+        self._steps.append(timed_step(plan, lengths, self._began_with, self._pipeline_stages, seconds))
+        self._waiting += 1
         if self._waiting < _STEPS_BETWEEN:
-            return None
+            return
         self._waiting = 0
-        found = refit(self._began_with, list(self._steps))
+        try:
+            found = refit(self._began_with, list(self._steps))
+        except FlexSPError as error:
+            self._tell(f"costs stay as they are: {error}")
+            return
         self._use(found.cost_model)
-        return self._told(found)
+        self._tell(self._told(found))
 
     def pause(self) -> None:
         """What comes now is no training step: the time up to the next one counts for nothing."""

@@ -38,7 +38,8 @@ _EDITION = 1
 
 _LINES_AT_ONCE = 32
 _REPORT_SECONDS = 10.0
-_WORKER_LIMIT_SECONDS = 600.0
+_WORKER_LIMIT_SECONDS = 300.0
+"""For a few lines. Less than what the other ranks' collective waits by default, so that the error names the cause."""
 _NEVER = np.iinfo(np.int32).max
 
 
@@ -151,13 +152,18 @@ def _tokenize(job: Tokenization) -> Iterator[None]:
     folder = os.path.dirname(job.prefix)
     try:
         os.makedirs(folder, exist_ok=True)
-        part = tempfile.mkdtemp(dir=folder, suffix=".part")
+        scratch = tempfile.TemporaryDirectory(dir=folder, suffix=".part")
     except OSError as error:
         raise FlexSPError(
             f"--sft: tokenised conversations can't be written to {folder} ({error.strerror}): give --data-cache-path a "
             "writable folder"
         ) from None
-    partial = os.path.join(part, "conversations")
+    with scratch as part:
+        yield from _write(job, lines, os.path.join(part, "conversations"))
+
+
+def _write(job: Tokenization, lines: _Lines, partial: str) -> Iterator[None]:
+    """The files under a passing name, then under their own."""
     builder = IndexedDatasetBuilder(f"{partial}.bin", dtype=np.int32)
     first_learned: list[int] = []
     # Tokenizers would warn of their own threads in every worker.
@@ -189,7 +195,6 @@ def _tokenize(job: Tokenization) -> Iterator[None]:
     # Others may have made the same meanwhile; the index comes last, for it says that the rest is there.
     for ending in (".bin", ".learned", ".first.npy", ".idx"):
         os.replace(partial + ending, job.prefix + ending)
-    os.rmdir(part)
 
 
 class _Lines(Dataset[Any]):
@@ -197,24 +202,26 @@ class _Lines(Dataset[Any]):
 
     def __init__(self, job: Tokenization) -> None:
         self._job = job
-        starts, position = [], 0
+        self._places: list[tuple[int, int]] = []
+        """Of each line that isn't blank: its number in the file, from 1, and its first byte."""
+        position = 0
         with open(job.path, "rb") as stream:
-            for line in stream:
+            for number, line in enumerate(stream, 1):
                 if not line.isspace():
-                    starts.append(position)
+                    self._places.append((number, position))
                 position += len(line)
-        if not starts:
+        if not self._places:
             raise FlexSPError(f"--data-path {job.path}: it has no lines; --sft takes a file of JSON lines")
-        self._starts = starts
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._places)
 
-    def __getitem__(self, number: int) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]] | str:
+    def __getitem__(self, place: int) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]] | str:
+        number, position = self._places[place]
         with open(self._job.path, "rb") as stream:
-            stream.seek(self._starts[number])
+            stream.seek(position)
             line = stream.readline()
-        where = f"--data-path {self._job.path}, line {number + 1}"
+        where = f"--data-path {self._job.path}, line {number}"
         try:
             messages = json.loads(line)["messages"]
             return [self._tokens(conversation) for conversation in split_conversations(messages)]

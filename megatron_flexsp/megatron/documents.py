@@ -134,7 +134,9 @@ class DocumentDataset(MegatronDataset):
         return self.dataset.read(self._first_document + int(documents[0]), int(starts[0]) + start, count)
 
     def learned(self, sample: int, start: int, count: int) -> NDArray[np.bool_] | None:
-        """Which of those tokens count as labels; None: all of them."""
+        """Which of those tokens count as labels; None: all of them, which is so for all but conversations."""
+        if not isinstance(self.dataset, Conversations):
+            return None
         documents, starts = self._locate(np.array([sample]))
         return self.dataset.learned(self._first_document + int(documents[0]), int(starts[0]) + start, count)
 

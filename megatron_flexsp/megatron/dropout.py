@@ -29,7 +29,7 @@ def step_seed(seed: int, consumed_samples: int, domain_rank: int, pipeline_rank:
     return int(mixed.generate_state(1)[0]) >> 1  # leaves room for what Megatron adds
 
 
-def begin_step(args: argparse.Namespace, domain_rank: int) -> None:
-    """Set the random states that this rank's dropout draws from. Waits for no device."""
+def seed_dropout(args: argparse.Namespace, domain_rank: int) -> None:
+    """Set the random states that this rank's dropout draws from in the step to come. Waits for no device."""
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     model_parallel_cuda_manual_seed(step_seed(args.seed, args.consumed_train_samples, domain_rank, pipeline_rank))

@@ -32,10 +32,6 @@ class MockDocuments:
         """``count`` tokens of a document from ``start``."""
         return (document + np.arange(start, start + count)) % self._vocabulary
 
-    def learned(self, document: int, start: int, count: int) -> NDArray[np.bool_] | None:
-        """Which of those tokens count as labels; None: all of them."""
-        return None
-
 
 def mock_lengths(spec: str | None, sequence_length: int, seed: int) -> NDArray[np.int64]:
     """Sequence lengths from ``--flexsp-mock-lengths``; without it, every sequence has ``--seq-length`` tokens.

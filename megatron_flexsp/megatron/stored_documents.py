@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,9 @@ from megatron.core.datasets.object_storage_utils import ObjectStorageConfig, is_
 from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.indexed_files import HEADER_BYTES, LENGTH_BYTES, MAGIC, POINTER_BYTES, IndexHeader
 
 Lengths = NDArray[np.int64]
-
-# An index: magic, version, type of a token, how many sequences, how many documents and one; then each
-# sequence's length, each one's place in the .bin, and each document's first sequence.
-_INDEX_MAGIC = b"MMIDIDX"
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_LENGTH, _POINTER = struct.Struct("<i"), struct.Struct("<q")
 
 
 class StoredDocuments:
@@ -61,10 +55,6 @@ class StoredDocuments:
         """``count`` tokens of a document from ``start``."""
         return self._indexed.get(int(self._first_sequences[document]), offset=start, length=count)
 
-    def learned(self, document: int, start: int, count: int) -> NDArray[np.bool_] | None:
-        """Which of those tokens count as labels; None: all of them."""
-        return None
-
 
 def check_files(prefix: str) -> None:
     """Refuse files that are missing or cut off. Megatron's reader would fail halfway, and leave stacks behind.
@@ -78,29 +68,26 @@ def check_files(prefix: str) -> None:
     for path in (index_path, data_path):
         if not os.path.isfile(path):
             raise FlexSPError(f"{path} is missing; give the path of the data set without .idx or .bin")
+    needed = 0
     with open(index_path, "rb") as stream:
-        header = stream.read(_INDEX_HEADER.size)
-        if not header.startswith(_INDEX_MAGIC[: len(header)]):
+        start = stream.read(HEADER_BYTES)
+        if not start.startswith(MAGIC[: len(start)]):
             raise FlexSPError(f"{index_path} is no Megatron index; make the data set again")
-        sequences = documents = 0
-        needed = _INDEX_HEADER.size
-        if len(header) == needed:
-            _, _, dtype_code, sequences, documents = _INDEX_HEADER.unpack(header)
-            needed += sequences * (_LENGTH.size + _POINTER.size) + documents * _POINTER.size
-        found = os.path.getsize(index_path)
-        if found < needed:
+        header = IndexHeader.of(start) if len(start) == HEADER_BYTES else None
+        expected, found = HEADER_BYTES if header is None else header.index_bytes, os.path.getsize(index_path)
+        if header is None or found < expected:
             raise FlexSPError(
-                f"{index_path} has {found} bytes where its header needs {needed}; it is truncated. Copy or make it "
+                f"{index_path} has {found} bytes where its header needs {expected}; it is truncated. Copy or make it "
                 "again"
             )
-        needed = 0
-        if sequences:
-            stream.seek(_INDEX_HEADER.size + (sequences - 1) * _LENGTH.size)
-            (length,) = _LENGTH.unpack(stream.read(_LENGTH.size))
-            stream.seek((sequences - 1) * _POINTER.size, os.SEEK_CUR)
-            (pointer,) = _POINTER.unpack(stream.read(_POINTER.size))
-            needed = pointer + length * DType.size(DType.dtype_from_code(dtype_code))
-    if documents < 2 or needed == 0:
+        documents = header.bounds - 1
+        if header.sequences:
+            stream.seek(HEADER_BYTES + (header.sequences - 1) * LENGTH_BYTES)
+            length = int.from_bytes(stream.read(LENGTH_BYTES), "little", signed=True)
+            stream.seek((header.sequences - 1) * POINTER_BYTES, os.SEEK_CUR)
+            pointer = int.from_bytes(stream.read(POINTER_BYTES), "little", signed=True)
+            needed = pointer + length * DType.size(DType.dtype_from_code(header.dtype_code))
+    if documents < 1 or needed == 0:
         raise FlexSPError(f"{index_path} lists no tokens; make the data set again")
     found = os.path.getsize(data_path)
     if found < needed:

@@ -41,7 +41,7 @@ from megatron_flexsp.megatron.context import Context, build_context, on_cpu
 from megatron_flexsp.megatron.conversations import tokenization_of, tokenize_all
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
 from megatron_flexsp.megatron.drift import DriftWatch, profile_command
-from megatron_flexsp.megatron.dropout import begin_step, has_dropout
+from megatron_flexsp.megatron.dropout import has_dropout, seed_dropout
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
 from megatron_flexsp.megatron.routers import RoutedPack, check_routers, routed
@@ -152,7 +152,7 @@ class FlexSPTraining:
             tracer.begin(get_args().curr_iteration + 1, batch)
         self._batch_tokens = int(batch.lengths.sum())
         if not forward_only and has_dropout(get_args()):
-            begin_step(get_args(), self.context.domain_rank)
+            seed_dropout(get_args(), self.context.domain_rank)
         micro_batches = batch.micro_batches
         result = schedule(
             data_iterator=iter(micro_batches) if chunks is None else [iter(micro_batches) for _ in range(chunks)],
@@ -169,8 +169,8 @@ class FlexSPTraining:
     def _watch_time(self, batch: PlannedBatch) -> None:
         if self._drift is not None and (warning := self._drift.begin_step(batch.plan.predicted_seconds)) is not None:
             print_rank_0(f" > [flexsp] warning: {warning}")
-        if self._autotune is not None and (change := self._autotune.begin_step(batch.plan, batch.lengths)) is not None:
-            print_rank_0(f" > [flexsp] autotune: {change}")
+        if self._autotune is not None:
+            self._autotune.begin_step(batch.plan, batch.lengths)
 
     def wrap_num_floating_point_operations(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``num_floating_point_operations`` of the last step, for releases that take all sequences for equally long."""
@@ -256,9 +256,7 @@ class FlexSPTraining:
         if settings.trace is not None:
             self._tracer = Tracer(Path(settings.trace), self.context)
         _announce(self.context)
-        if settings.autotune and self.context.planner is not None:
-            self._autotune = Autotune(self.context.cost_model, settings.pipeline_stages, self.context.planner.use)
-        elif settings.cost_model is not None and self.context.channel.plans_here:
+        if settings.cost_model is not None and self.context.channel.plans_here and not settings.autotune:
             path = args.flexsp_cost_model
             overhead = settings.cost_model.step_overhead_seconds
             self._drift = DriftWatch(path, overhead, profile_command(sys.argv, path))
@@ -267,6 +265,14 @@ class FlexSPTraining:
         # CUDA's current device is each thread's own.
         begin = functools.partial(torch.cuda.set_device, torch.cuda.current_device())
         self._background = Background("flexsp-batches", (lambda: None) if on_cpu() else begin)
+        if settings.autotune and self.context.planner is not None:
+            self._autotune = Autotune(
+                self.context.cost_model,
+                settings.pipeline_stages,
+                use=self.context.planner.use,
+                tell=lambda change: print_rank_0(f" > [flexsp] autotune: {change}"),
+                submit=self._background.submit,
+            )
         consumed = (args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0)
         sizes = (_train_batch_size, _evaluation_batch_size, _evaluation_batch_size)
         return tuple(map(self._iterator, sources, consumed, sizes))

@@ -6,7 +6,6 @@ Only lengths are read: of a data set its index, never its tokens.
 from __future__ import annotations
 
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -15,15 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.indexed_files import HEADER_BYTES, LENGTH_BYTES, MAGIC, POINTER_BYTES, IndexHeader
 
 Lengths = NDArray[np.int64]
 
 OVERLONG = ("split", "truncate", "drop")
-
-# A data set's index: magic, version, type of a token, how many sequences, how many documents and one; then each
-# sequence's length, each one's place in the .bin, and each document's first sequence.
-_INDEX_HEADER = struct.Struct("<9sQBQQ")
-_INDEX_MAGIC = b"MMIDIDX\x00\x00"
 
 _STRETCH = 1024
 """Documents that are read in a row where not all are read."""
@@ -38,7 +33,7 @@ def count_documents(prefix: str) -> int:
         If the index is missing, is none, or is cut off.
     """
     with _opened(prefix) as stream:
-        return _read_header(stream, prefix)[1] - 1
+        return _read_header(stream, prefix).bounds - 1
 
 
 def read_document_lengths(prefix: str, at_most: int | None = None) -> Lengths:
@@ -57,16 +52,15 @@ def read_document_lengths(prefix: str, at_most: int | None = None) -> Lengths:
         If the index is missing, is none, or is cut off.
     """
     with _opened(prefix) as stream:
-        sequences, documents = _read_header(stream, prefix)
-        needed = _INDEX_HEADER.size + 12 * sequences + 8 * documents
+        header = _read_header(stream, prefix)
+        needed = header.index_bytes
         if os.fstat(stream.fileno()).st_size < needed:
             raise FlexSPError(f"{prefix}.idx is truncated. Copy or make it again")
         # Mapped, so that a stretch costs no more than itself.
         whole = np.memmap(stream, dtype=np.uint8, mode="r")
-    at = _INDEX_HEADER.size
-    sequence_tokens = whole[at : at + 4 * sequences].view("<i4")
-    first_sequences = whole[needed - 8 * documents : needed].view("<i8")
-    count = documents - 1
+    sequence_tokens = whole[HEADER_BYTES : HEADER_BYTES + LENGTH_BYTES * header.sequences].view("<i4")
+    first_sequences = whole[needed - POINTER_BYTES * header.bounds : needed].view("<i8")
+    count = header.bounds - 1
     if at_most is None or count <= at_most:
         stretches = [(0, count)]
     else:
@@ -92,13 +86,11 @@ def _opened(prefix: str) -> BinaryIO:
         ) from None
 
 
-def _read_header(stream: BinaryIO, prefix: str) -> tuple[int, int]:
-    """How many sequences, and how many documents and one."""
-    header = stream.read(_INDEX_HEADER.size)
-    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+def _read_header(stream: BinaryIO, prefix: str) -> IndexHeader:
+    header = stream.read(HEADER_BYTES)
+    if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
         raise FlexSPError(f"{prefix}.idx is no Megatron index; make the data set again")
-    _, _, _, sequences, documents = _INDEX_HEADER.unpack(header)
-    return sequences, documents
+    return IndexHeader.of(header)
 
 
 def with_longest(lengths: Lengths, longest: int | None, overlong: str) -> Lengths:

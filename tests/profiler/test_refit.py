@@ -61,16 +61,15 @@ def test_what_steps_can_not_tell_stays_as_it_was() -> None:
 
 
 def test_autotune_waits_for_twenty_steps_and_hands_the_model_on() -> None:
-    now, used = [0.0], []
+    now, used, told = [0.0], [], []
     lengths = np.array([3000, 500, 700, 9000])
     made = plan(lengths, MODEL, 8)
     took = 1.5 * (step_seconds(made, lengths, MODEL) + MODEL.step_overhead_seconds)
-    tuned = Autotune(MODEL, 1, used.append, clock=lambda: now[0])
-    told = []
-    for _ in range(25):
-        told.append(tuned.begin_step(made, lengths))
+    tuned = Autotune(MODEL, 1, used.append, told.append, submit=lambda call: call(), clock=lambda: now[0])
+    for number in range(25):
+        tuned.begin_step(made, lengths)
+        assert len(told) == (number >= 23)  # three warm up, twenty count
         now[0] += took
-    assert [number for number, text in enumerate(told) if text] == [23]  # three warm up, twenty count
-    assert "median error of the prediction 33.3% -> 0.0%" in str(told[23])
+    assert "median error of the prediction 33.3% -> 0.0%" in told[0]
     predicted = step_seconds(made, lengths, used[0]) + used[0].step_overhead_seconds
     assert predicted == pytest.approx(took, rel=1e-3)
