@@ -26,9 +26,9 @@ def install(command_line: Sequence[str]) -> None:
     profiles = any(word.split("=")[0] == "--flexsp-profile" for word in command_line)
     if asks_for_scheduler(command_line):
         # Imported here, as below: it needs more than a run without FlexSP has.
-        from megatron_flexsp.megatron import packing_scheduler
+        from megatron_flexsp.megatron import packing_seams
 
-        packing_scheduler.install(command_line)
+        packing_seams.install(command_line)
     elif "--flexsp" in command_line or profiles:
         seams.install(training_seams(profiles))
     elif any(word.startswith("--flexsp-") for word in command_line):
