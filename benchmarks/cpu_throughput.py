@@ -1,6 +1,6 @@
 """What FlexSP gains on this machine's CPU: four schedules, one model, the same documents, alternating in one run.
 
-    python benchmarks/cpu_throughput.py            # everything, half an hour on 2 cores
+    python benchmarks/cpu_throughput.py            # everything: both corpora, three settings
     python benchmarks/cpu_throughput.py --quick    # less of everything, to see that it works
 
 Eight ranks train a small GPT with Megatron. Every global batch is trained once under each schedule: static groups, the
