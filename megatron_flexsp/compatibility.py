@@ -67,8 +67,8 @@ def _flex_backend(args: argparse.Namespace) -> str:
     return str(getattr(args, "moe_flex_dispatcher_backend", "deepep"))
 
 
-def _narrow_float(args: argparse.Namespace) -> object:
-    return getattr(args, "fp8", None) or getattr(args, "fp4", None)
+def _delayed_scaling(args: argparse.Namespace) -> bool:
+    return bool(getattr(args, "fp8", None)) and getattr(args, "fp8_recipe", "delayed") == "delayed"
 
 
 JOB_REFUSALS = (
@@ -208,11 +208,36 @@ JOB_REFUSALS = (
         applies=lambda args: _local(args) and getattr(args, "window_size", None),
     ),
     Refusal(
-        flags=("--fp8-format", "--fp4-format"),
-        subject="--fp8-format and --fp4-format",
-        reason="slices are not padded to what their kernels ask, and delayed scaling reduces over ranks that run "
-        "different numbers of micro-batches",
-        applies=_narrow_float,
+        flags=("--fp4-format",),
+        subject="--fp4-format",
+        reason="it is not tried yet",
+        remedy="Use --fp8-format, or bf16",
+        applies=lambda args: getattr(args, "fp4", None),
+    ),
+    Refusal(
+        flags=("--fp8-param-gather",),
+        subject="--fp8-param-gather with --fp8-recipe delayed (Megatron's default)",
+        reason="the scale of a weight would follow from how many micro-batches its rank has run",
+        remedy="Take the flag out, or choose another --fp8-recipe",
+        applies=lambda args: _delayed_scaling(args) and getattr(args, "fp8_param_gather", False),
+    ),
+    Refusal(
+        flags=("--fp8-recipe",),
+        subject="--fp8-recipe custom",
+        reason="how many tokens its kernels ask a slice to divide by is not known",
+        remedy="Choose tensorwise, blockwise or mxfp8",
+        applies=lambda args: getattr(args, "fp8", None) and getattr(args, "fp8_recipe", None) == "custom",
+    ),
+    Refusal(
+        flags=("--te-precision-config-file", "--kitchen-config-file", "--kitchen-recipe-number"),
+        subject="--te-precision-config-file, --kitchen-config-file and --kitchen-recipe-number",
+        reason="how many tokens their kernels ask a slice to divide by is not known",
+        remedy="Give one precision to all layers, by --fp8-format",
+        applies=lambda args: (
+            getattr(args, "te_precision_config_file", None)
+            or getattr(args, "kitchen_config_file", None)
+            or getattr(args, "kitchen_recipe_number", None) is not None
+        ),
     ),
     Refusal(
         flags=("--softmax-type",),
@@ -418,11 +443,12 @@ EXPERT_REFUSALS = (
         applies=lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
     ),
     Refusal(
-        flags=("--fp8-format", "--fp4-format"),
-        subject="--num-experts with --fp8-format or --fp4-format and recomputed experts",
+        flags=("--fp8-format",),
+        subject="--num-experts with --fp8-format and recomputed experts",
         reason="Transformer Engine's recomputation doesn't tell a router which micro-batch is running",
         applies=lambda args: (
-            (args.recompute_granularity == "full" or "moe" in (args.recompute_modules or ())) and _narrow_float(args)
+            (args.recompute_granularity == "full" or "moe" in (args.recompute_modules or ()))
+            and getattr(args, "fp8", None)
         ),
     ),
 )

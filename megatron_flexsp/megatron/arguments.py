@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_flexsp.compatibility import refusals
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import experts
+from megatron_flexsp.megatron import experts, precision
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
 from megatron_flexsp.runtime import ring_size_of
 from megatron_flexsp.tried import OLDEST_TRANSFORMER_ENGINE
@@ -145,7 +145,7 @@ class Settings:
     query_heads: int
     """Attention heads of a tensor-parallel rank; groups of ranks that can't share them evenly are rings."""
     slice_multiple: int
-    """What a rank's slice must divide by: the tensor-parallel size under sequence parallelism."""
+    """What a rank's slice must divide by: for sequence parallelism and kernels of 8 bits."""
     count_multiple: int
     """What a rank's micro-batch count must divide by: the interleaved schedule's group size."""
     pipeline_stages: int
@@ -260,7 +260,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         profile_seconds=args.flexsp_profile_seconds,
         domain_size=domain_size,
         query_heads=args.num_attention_heads // args.tensor_model_parallel_size,
-        slice_multiple=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        slice_multiple=precision.slice_multiple(args),
         count_multiple=count_multiple,
         pipeline_stages=pipeline_size,
         micro_batches_in_flight=in_flight,

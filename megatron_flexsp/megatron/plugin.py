@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import arguments, experts, releases, seams
+from megatron_flexsp.megatron import arguments, experts, precision, releases, seams
 from megatron_flexsp.megatron.seams import Seam
 
 
@@ -85,6 +85,7 @@ def training_seams(profiles: bool) -> list[Seam]:
             if profiles:
                 experts.check_profile(args)
                 profiling.prepare_arguments(args)
+            precision.keep_scaling_in_tensor_parallel_group(args)
             validated = original(args, defaults or {})
             args.variable_seq_lengths = True  # pipeline stages exchange shapes
             args.moe_token_dispatcher_type = experts.token_dispatcher(args)

@@ -76,6 +76,7 @@ def describe_job(args: argparse.Namespace) -> dict[str, Any]:
     )
     job = {name: getattr(args, name) for name in names}
     job["num_query_groups"] = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    job["fp8"] = f"{args.fp8}, {args.fp8_recipe}" if args.fp8 else None
     job["params_dtype"] = str(args.params_dtype).removeprefix("torch.")
     return job
 

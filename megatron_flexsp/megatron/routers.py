@@ -93,7 +93,7 @@ def _running_pack() -> RoutedPack:
     except LookupError:
         raise FlexSPError(
             "a router runs outside of FlexSP's forward step, where it can't know what is padding. If it is recomputed "
-            "under --fp8-format or --fp4-format, leave the experts out of the recomputation"
+            "under --fp8-format, leave the experts out of the recomputation"
         ) from None
 
 

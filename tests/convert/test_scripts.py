@@ -161,8 +161,8 @@ REFUSED = [
     ("torchrun pretrain_gpt.py --seq-length 8 --yaml-cfg x.yaml", "--yaml-cfg: FlexSP reads its flags from"),
     ("M=1\ntorchrun pretrain_gpt.py --seq-length 8 --mtp-num-layers $M", "line 2: --mtp-num-layers"),
     (
-        "FP8=1\n[ $FP8 = 1 ] && A=--fp8-format=hybrid\ntorchrun pretrain_gpt.py --seq-length 8 $A",
-        "line 2: --fp8-format",
+        "FP4=1\n[ $FP4 = 1 ] && A=--fp4-format=e2m1\ntorchrun pretrain_gpt.py --seq-length 8 $A",
+        "line 2: --fp4-format",
     ),
     (
         "torchrun --nproc-per-node 2 pretrain_gpt.py --seq-length 64 --micro-batch-size 1 --num-attention-heads 2 "
@@ -216,7 +216,7 @@ def test_forms_of_launches(form: str, capacity: str, calls: Calls) -> None:
 
 
 def test_all_reasons_come_at_once() -> None:
-    script = b"torchrun pretrain_gpt.py --seq-length 8 --mtp-num-layers 1 --fp8-format hybrid --use-torch-fsdp2"
+    script = b"torchrun pretrain_gpt.py --seq-length 8 --mtp-num-layers 1 --fp4-format e2m1 --use-torch-fsdp2"
     with pytest.raises(Unconvertible) as refusal:
         converted(script)
     assert len(refusal.value.problems) == 3
@@ -224,12 +224,12 @@ def test_all_reasons_come_at_once() -> None:
 
 def test_a_branch_that_is_not_taken_is_converted_and_named_but_does_not_refuse(calls: Calls) -> None:
     script = (
-        b'if [ "$FP8" = 1 ]; then\n  MORE="--fp8-format hybrid --context-parallel-size 4"\nfi\n'
+        b'if [ "$FP4" = 1 ]; then\n  MORE="--fp4-format e2m1 --context-parallel-size 4"\nfi\n'
         b"torchrun pretrain_gpt.py --num-layers 2 --seq-length 8 --lr 1 $MORE\n"
     )
     result = converted(script)
     assert any("refused if it comes to that: line 2" in note for note in result.notes)
-    (call,) = calls(result.data, FP8="1")
+    (call,) = calls(result.data, FP4="1")
     assert "--context-parallel-size" not in call.flags
 
 

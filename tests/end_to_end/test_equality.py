@@ -141,3 +141,16 @@ class TestTransformerEngine:
         run = train(4, *model, "--recompute-granularity", "selective", plan="[0123] [01] [23]", gradients=True)
         assert any("softmax_offset" in name for name in run.gradients)
         assert_equal(run, reference(1, *model))
+
+    def test_eight_bits_with_sequence_parallel_and_full_recompute(self, train: Callable, reference: Callable) -> None:
+        """The stand-in rounds nothing, and refuses slices that the kernels of 8 bits couldn't multiply."""
+        model = (*GQA, *TENSOR, *TRANSFORMER_ENGINE)
+        eight_bits = ("--fp8-format", "hybrid", "--fp8-recipe", "mxfp8")
+        run = train(4, *model, "--sequence-parallel", *FULL, *eight_bits, plan=NESTED_2, gradients=True)
+        assert_equal(run, reference(2, *model))
+
+    def test_delayed_scaling_with_unequal_counts(self, train: Callable, reference: Callable) -> None:
+        """The stand-in reduces where the real one does, so that ranks would wait for ranks that run less."""
+        model = (*GQA, *TENSOR, *TRANSFORMER_ENGINE)
+        run = train(4, *model, "--fp8-format", "hybrid", plan=NESTED_2, gradients=True)
+        assert_equal(run, reference(2, *model))

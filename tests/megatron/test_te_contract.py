@@ -128,3 +128,31 @@ def test_padding_between_sequences_is_looked_for_only_where_padded_lengths_are_g
     innermost = [node for node in comparisons if isinstance(node.op, ast.And)]
     assert all(ast.unparse(node.values[0]).endswith("_padded is not None") for node in innermost)
     assert bool(comparisons) == bool(innermost)
+
+
+def test_kernels_of_8_bits_ask_of_tokens_what_slices_are_padded_to(release: Release) -> None:
+    """Megatron's alignment, by which slices are padded, is a multiple of what is asked here."""
+    dimensions = ast.unparse(release.function("pytorch/utils.py", "assert_dim_for_fp8_exec"))
+    assert "math.prod(tensor.shape[:-1]) % 8" in dimensions
+    constants = release.module("pytorch/constants.py").body
+    assert "MXFP8_BLOCK_SCALING_SIZE = 32" in [ast.unparse(line) for line in constants]
+
+
+def test_scaling_is_reduced_over_the_given_group_when_the_outermost_context_ends(release: Release) -> None:
+    """The stand-in does so too; by other recipes than delayed scaling nothing is put into the buffer."""
+    file = real_file(release, "pytorch/quantization.py", "pytorch/fp8.py")
+    manager = next(
+        node
+        for node in release.module(file).body
+        if isinstance(node, ast.ClassDef) and node.name == "FP8GlobalStateManager"
+    )
+    methods = {method.name: method for method in manager.body if isinstance(method, ast.FunctionDef)}
+    ends = methods.get("autocast_exit") or methods["fp8_autocast_exit"]
+    assert calls(ends, "reduce_and_update_fp8_tensors")
+    assert calls(methods["reduce_and_update_fp8_tensors"], "reduce_tensor_across_group_op_max")
+    conditions = [
+        ast.unparse(node.test)
+        for node in ast.walk(methods["add_fp8_tensors_to_global_buffer"])
+        if isinstance(node, ast.If) and isinstance(node.body[0], ast.Return)
+    ]
+    assert any("delayed" in condition for condition in conditions)

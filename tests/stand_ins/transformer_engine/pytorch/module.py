@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn import functional as F
 
+from transformer_engine.pytorch.fp8 import assert_dim_for_fp8_exec
+
 
 def _norm(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     if kind == "RMSNorm":
@@ -102,8 +104,10 @@ class Linear(torch.nn.Module):
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
         device: Any = "cuda",
+        save_original_input: bool = False,
     ) -> None:
         super().__init__()
+        self.save_original_input = save_original_input
         assert not bias and not return_bias and not fuse_wgrad_accumulation and init_method is not None
         self.tp_group, self.parallel_mode = tp_group, parallel_mode
         self.tp_size = tp_size if tp_group is None else tp_group.size()
@@ -121,6 +125,7 @@ class Linear(torch.nn.Module):
     def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
         from megatron.core.tensor_parallel import mappings
 
+        assert_dim_for_fp8_exec(inp, self.weight)
         if self.parallel_mode == "column":
             if self.sequence_parallel:
                 inp = mappings.gather_from_sequence_parallel_region(inp, group=self.tp_group)
@@ -176,6 +181,7 @@ class LayerNormLinear(torch.nn.Module):
         from megatron.core.tensor_parallel import mappings
 
         inp = _norm(self.normalization, inp, self.layer_norm_weight, self.layer_norm_bias, self.eps)
+        assert_dim_for_fp8_exec(inp, self.weight)
         if self.sequence_parallel:
             inp = mappings.gather_from_sequence_parallel_region(inp, group=self.tp_group)
         else:

@@ -1,0 +1,35 @@
+"""What 8-bit floating point asks of a job: how long slices are, and who shares scaling factors.
+
+Matrix products in 8 bits run over the tokens of a slice, and their kernels ask for a multiple of some number of those.
+Packs are padded to it; nothing else in FlexSP knows of it, since attention stays in 16 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def slice_multiple(args: argparse.Namespace) -> int:
+    """What the tokens of a rank's slice must divide by.
+
+    Under sequence parallelism each tensor-parallel rank has an equal part of the slice, quantised before the parts are
+    gathered; so the kernels' multiple is owed by each part.
+    """
+    parts = int(args.tensor_model_parallel_size) if args.sequence_parallel else 1
+    if not args.fp8:
+        return parts
+    # Imported here: a job in 16 bits needs nothing of it.
+    from megatron.core.fp8_utils import get_fp8_align_size
+
+    return parts * int(get_fp8_align_size(args.fp8_recipe))
+
+
+def keep_scaling_in_tensor_parallel_group(args: argparse.Namespace) -> None:
+    """Have delayed scaling reduce over tensor-parallel ranks alone.
+
+    By default it reduces over data-parallel ranks as well, at the end of every micro-batch's forward and backward;
+    with different numbers of micro-batches they would wait for each other for ever. Megatron's configuration has
+    the choice (``tp_only_amax_red``) and its command line doesn't.
+    """
+    if args.fp8 and args.fp8_recipe == "delayed":
+        args.tp_only_amax_red = True
