@@ -196,6 +196,10 @@ def _run_layout(figure: go.Figure, trace: Trace, title: str, **yaxis: object) ->
         height=320,
         margin={"l": 60, "r": 10, "t": 40, "b": 45},
         legend={"orientation": "h", "y": 1.0, "yanchor": "bottom"},
-        xaxis={"title": "step" if trace.is_measured else "batch", "gridcolor": "#eeeeee"},
+        xaxis={
+            "title": "step" if trace.is_measured else "batch",
+            "gridcolor": "#eeeeee",
+            "dtick": 1 if len(trace.steps) <= 10 else None,  # no half steps
+        },
         yaxis={"title": title, "gridcolor": "#eeeeee", **yaxis},
     )
