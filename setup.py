@@ -36,6 +36,7 @@ EXTRAS = {
     "convert": CONVERT,
     "test": [
         *CONVERT,
+        "einops>=0.7,<1",  # what Megatron-FSDP computes with
         "hypothesis>=6.100,<7",
         "matplotlib>=3.8,<4",
         "mypy>=1.13,<3",

@@ -189,10 +189,11 @@ JOB_REFUSALS = (
         ),
     ),
     Refusal(
-        flags=("--use-megatron-fsdp", "--use-torch-fsdp2"),
-        subject="--use-megatron-fsdp and --use-torch-fsdp2",
-        reason="they gather parameters in every micro-batch, and ranks run different numbers of those",
-        applies=lambda args: getattr(args, "use_megatron_fsdp", False) or args.use_torch_fsdp2,
+        flags=("--use-torch-fsdp2",),
+        subject="--use-torch-fsdp2",
+        reason="it is not tried yet",
+        remedy="Use --use-megatron-fsdp",
+        applies=lambda args: args.use_torch_fsdp2,
     ),
     Refusal(
         flags=("--transformer-impl",),

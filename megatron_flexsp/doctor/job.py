@@ -25,7 +25,7 @@ from megatron_flexsp.doctor.inside import Request, Say
 from megatron_flexsp.doctor.kernels import examine_kernels
 from megatron_flexsp.doctor.tokenizer import vocabulary_size
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import arguments, experts
+from megatron_flexsp.megatron import arguments, rounds
 from megatron_flexsp.planner import legal_degrees
 from megatron_flexsp.runtime import ring_size_of
 
@@ -177,7 +177,7 @@ def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, N
     try:
         arguments.settings_from_args(args)
         if args.flexsp_profile is not None:
-            experts.check_profile(args)
+            rounds.check_profile(args)
     except FlexSPError as problem:
         yield error("shape", str(problem), "correct it: FlexSP refuses to start")
         return None
@@ -222,7 +222,7 @@ def _examine_shape(args: argparse.Namespace, settings: arguments.Settings) -> Ge
         f"{args.world_size} ranks / (tensor {tensor} x pipeline {pipeline}) = {settings.domain_size} data-parallel "
         f"ranks, {args.global_batch_size} documents a step",
     )
-    reason = experts.why_rounds(args)
+    reason = rounds.why_rounds(args)
     why = "asked for" if args.flexsp_schedule != "auto" else reason or "nobody has to wait for anybody"
     yield ok("schedule", f"{settings.schedule}: {why}")
     heads = settings.query_heads

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_flexsp.compatibility import refusals
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import experts, precision
+from megatron_flexsp.megatron import precision, rounds
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
 from megatron_flexsp.runtime import ring_size_of
 from megatron_flexsp.tried import OLDEST_TRANSFORMER_ENGINE
@@ -244,7 +244,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
     cost_model = None if args.flexsp_cost_model is None else CostModel.load(args.flexsp_cost_model)
     return Settings(
         schedule=_schedule(args),
-        in_rounds=experts.why_rounds(args) is not None,
+        in_rounds=rounds.why_rounds(args) is not None,
         static_degree=args.flexsp_static_degree,
         degrees=_degrees(args, domain_size, cost_model),
         cost_model=cost_model,
@@ -269,11 +269,11 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
 
 def _schedule(args: argparse.Namespace) -> str:
     """The schedule asked for, or the fastest one that the job's parallelism allows."""
-    reason = experts.why_rounds(args)
+    reason = rounds.why_rounds(args)
     if args.flexsp_schedule in ("nested", "batch-adaptive") and reason is not None:
         raise FlexSPError(
-            f"--flexsp-schedule {args.flexsp_schedule}: {reason}, and its ranks run different numbers of them. Set "
-            "auto or lockstep"
+            f"--flexsp-schedule {args.flexsp_schedule}: {reason}, and ranks would run different numbers of "
+            "them. Set auto or lockstep"
         )
     if args.flexsp_schedule != "auto":
         return str(args.flexsp_schedule)

@@ -72,8 +72,7 @@ def estimate_cost_model(
     kept_per_layer = 2 if args.recompute_granularity == "full" else 34
     shared = tensor_size if args.sequence_parallel or tensor_size == 1 else max(tensor_size / 2, 1)
     activation_bytes = layers * kept_per_layer * width * bytes_per_value / 2 / shared + 6 * vocabulary / tensor_size
-    optimizer_bytes = 12 / (args.data_parallel_size if args.use_distributed_optimizer else 1)
-    state_bytes = held_weights * (6 + optimizer_bytes)
+    state_bytes = held_weights * _state_bytes_per_weight(args)
 
     if gpu is None:
         flops, layer_seconds = _CPU_FLOPS, _CPU_LAYER_SECONDS
@@ -101,6 +100,15 @@ def estimate_cost_model(
         exchange_latency_seconds={degree: exchanges * _latency(degree, gpu is None) for degree in wide},
         note="estimated from the model's arguments, not measured",
     )
+
+
+def _state_bytes_per_weight(args: argparse.Namespace) -> float:
+    """Weight in 2 bytes, gradient in 4, the optimizer's copy and moments in 12; less what other ranks hold."""
+    sharded = 12 if args.use_distributed_optimizer else 0
+    if getattr(args, "use_megatron_fsdp", False):
+        strategies = {"no_shard": 0, "optim": 12, "optim_grads": 16, "optim_grads_params": 18}
+        sharded = strategies.get(args.data_parallel_sharding_strategy, 0)
+    return 18 - sharded + sharded / int(args.data_parallel_size)
 
 
 def with_ring_exchange(cost_model: CostModel, args: argparse.Namespace) -> CostModel:

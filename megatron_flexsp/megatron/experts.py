@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_flexsp.errors import FlexSPError
-
 
 def why_rounds(args: argparse.Namespace) -> str | None:
-    """Why all ranks must run their micro-batches side by side, as under the lockstep schedule; None if they needn't.
+    """Why experts want all ranks side by side in their micro-batches; None if they don't.
 
     With a tensor-parallel group's experts all inside of that group, a rank exchanges tokens with nobody who may be in
     another micro-batch.
@@ -26,16 +24,6 @@ def why_rounds(args: argparse.Namespace) -> str | None:
     if "global_aux_loss" in args.moe_router_load_balancing_type:
         return "global_aux_loss adds up over all ranks in every micro-batch"
     return None
-
-
-def check_profile(args: argparse.Namespace) -> None:
-    """Refuse to measure a job whose ranks must stay in step: measured steps leave some of them without work."""
-    reason = why_rounds(args)
-    if reason is not None:
-        raise FlexSPError(
-            f"--flexsp-profile: {reason}, and steps that are measured don't keep to rounds. Measure the job with "
-            "--expert-model-parallel-size 1 and fewer experts, or train with the estimated cost model"
-        )
 
 
 def routed_layers(args: argparse.Namespace) -> int:

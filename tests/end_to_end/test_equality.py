@@ -96,6 +96,16 @@ def test_interleaved_pipeline_with_both_overlaps(train: Callable, reference: Cal
     assert_equal_losses(run, reference(2, *GQA, *INTERLEAVED))
 
 
+def test_fully_sharded_data_parallel(train: Callable, reference: Callable) -> None:
+    """Megatron-FSDP gathers every layer's parameters in every micro-batch: rounds are chosen, and all ranks meet."""
+    sharded = ("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params")
+    model = (*GQA, *TENSOR, "--sequence-parallel")
+    run = train(4, *model, *sharded, *OVERLAPS, "--ckpt-format", "fsdp_dtensor")
+    assert "| lockstep |" in run.output
+    # It keeps no gradients under the parameters' names, so only the losses can tell.
+    assert_equal_losses(run, reference(2, *GQA, *TENSOR))
+
+
 def test_fewer_key_value_heads_than_ranks(train: Callable, reference: Callable) -> None:
     one_head = (*LLAMA, "--group-query-attention", "--num-query-groups", "1")
     run = train(4, *one_head, plan="[0123] [01] [23]", gradients=True)

@@ -50,7 +50,6 @@ class TestCompatibility:
             ("--multi-latent-attention", "--multi-latent-attention"),
             ("--hybrid-override-pattern M*M*", "Mamba and hybrid layers"),
             ("--use-torch-fsdp2", "--use-torch-fsdp2"),
-            ("--use-megatron-fsdp", "--use-megatron-fsdp"),
             ("--transformer-impl inference_optimized", "--transformer-impl inference_optimized"),
             ("--cuda-graph-impl local", "CUDA graphs"),
             ("--window-size 4,0", "--window-size with --transformer-impl local"),

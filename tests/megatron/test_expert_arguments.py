@@ -7,7 +7,8 @@ import pytest
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import check_compatibility, settings_from_args
-from megatron_flexsp.megatron.experts import check_profile, token_dispatcher
+from megatron_flexsp.megatron.experts import token_dispatcher
+from megatron_flexsp.megatron.rounds import check_profile
 
 Parse = Callable[..., Namespace]
 

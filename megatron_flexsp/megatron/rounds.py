@@ -1,0 +1,28 @@
+"""Which jobs need all ranks side by side in their micro-batches, as the lockstep schedule has them."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron import experts
+
+
+def why_rounds(args: argparse.Namespace) -> str | None:
+    """Why all ranks must run their micro-batches side by side; None if they needn't.
+
+    Whatever the ranks of a domain do together in a layer, they must all come to in the same micro-batch.
+    """
+    if getattr(args, "use_megatron_fsdp", False):
+        return "Megatron-FSDP (--use-megatron-fsdp) gathers parameters from all ranks in every micro-batch"
+    return experts.why_rounds(args)
+
+
+def check_profile(args: argparse.Namespace) -> None:
+    """Refuse to measure a job whose ranks must stay in step: measured steps leave some of them without work."""
+    reason = why_rounds(args)
+    if reason is not None:
+        raise FlexSPError(
+            f"--flexsp-profile: {reason}, and steps that are measured don't keep to rounds. Measure the "
+            "job without it, or train with the estimated cost model"
+        )
