@@ -349,10 +349,20 @@ JOB_REFUSALS = (
         applies=lambda args: args.iterations_to_skip,
     ),
     Refusal(
-        flags=("--full-validation", "--multiple-validation-sets"),
-        subject="--full-validation and --multiple-validation-sets",
-        reason="they are not supported yet",
-        applies=lambda args: args.full_validation or args.multiple_validation_sets,
+        flags=("--multiple-validation-sets",),
+        subject="--multiple-validation-sets without --full-validation",
+        reason="Megatron doesn't do it",
+        remedy="Add --full-validation",
+        applies=lambda args: args.multiple_validation_sets and not args.full_validation,
+    ),
+    Refusal(
+        flags=("--multiple-validation-sets",),
+        subject="--multiple-validation-sets with interleaved pipelines",
+        reason="Megatron takes each model chunk's data for a validation set",
+        applies=lambda args: (
+            args.multiple_validation_sets
+            and (args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank)
+        ),
     ),
     Refusal(
         flags=("--phase-transition-iterations",),

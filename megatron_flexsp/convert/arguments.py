@@ -133,6 +133,8 @@ KNOWN = {
     "--iterations-to-skip": _Known("iterations_to_skip", "list", []),
     "--full-validation": _Known("full_validation"),
     "--multiple-validation-sets": _Known("multiple_validation_sets"),
+    "--num-layers-per-virtual-pipeline-stage": _Known("num_layers_per_virtual_pipeline_stage", "int"),
+    "--num-virtual-stages-per-pipeline-rank": _Known("num_virtual_stages_per_pipeline_rank", "int"),
     "--phase-transition-iterations": _Known("phase_transition_iterations", "str"),
     "--num-experts": _Known("num_experts", "int"),
     "--moe-router-load-balancing-type": _Known("moe_router_load_balancing_type", "list", "aux_loss"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import sys
@@ -14,12 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import num_microbatches_calculator, parallel_state
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from megatron.training import get_args, get_timers, get_tokenizer, print_rank_0
+from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training import training as megatron_training
-from megatron.training.utils import get_blend_and_blend_per_split
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -38,16 +35,19 @@ from megatron_flexsp.megatron.batches import (
     batches_from,
 )
 from megatron_flexsp.megatron.context import Context, build_context, on_cpu
-from megatron_flexsp.megatron.conversations import tokenization_of, tokenize_all
-from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
+from megatron_flexsp.megatron.data import build_sources, evaluation_batch_size, train_batch_size
+from megatron_flexsp.megatron.documents import SampleSource
 from megatron_flexsp.megatron.drift import DriftWatch, profile_command
 from megatron_flexsp.megatron.dropout import has_dropout, seed_dropout
-from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
 from megatron_flexsp.megatron.routers import RoutedPack, check_routers, routed
 from megatron_flexsp.megatron.step_log import log_step
 from megatron_flexsp.megatron.tracing import Tracer
+from megatron_flexsp.megatron.validation import WholeSet, all_batches
 from megatron_flexsp.planner import Plan
+
+Iterators = tuple[PlannedBatches | None, PlannedBatches | WholeSet | list[WholeSet] | None, PlannedBatches | None]
+"""Of training, validation and test."""
 
 _LAST_PLANS_SECONDS = 30.0
 """Plans that are still under way when training ends are waited for, so that no group is destroyed under them."""
@@ -59,7 +59,7 @@ class FlexSPTraining:
     def __init__(self) -> None:
         self._configured: Settings | None = None
         self._context: Context | None = None
-        self._iterators: tuple[PlannedBatches | None, ...] | None = None
+        self._iterators: Iterators | None = None
         self._accounted: Plan | None = None
         self._lengths: NDArray[np.int64] | None = None
         self._tracer: Tracer | None = None
@@ -131,9 +131,14 @@ class FlexSPTraining:
         chunks = len(data_iterator) if isinstance(data_iterator, list) else None
         # Under interleaving every model chunk has an iterator, all of the same object; one batch serves all.
         iterator = data_iterator if chunks is None else data_iterator[0]
-        batches: PlannedBatches | GivenBatch = iterator.iterable  # inside Megatron's RerunDataIterator
+        # Inside Megatron's RerunDataIterator; a WholeSet may be in a generator there.
+        batches = iterator.iterable
         batch: Any = next(iterator, None)
         tracer = None
+        if forward_only:
+            for watch in (self._drift, self._autotune):
+                if watch is not None:
+                    watch.pause()
         if isinstance(batches, PlannedBatches):
             batch = batches.expect(batch, num_microbatches * self._settings.domain_size)
             if not forward_only and batch.plan is not self._accounted:
@@ -143,10 +148,6 @@ class FlexSPTraining:
                 log_step(self.context, batch)
                 self._watch_time(batch)
                 self._accounted = batch.plan
-            elif forward_only:
-                for watch in (self._drift, self._autotune):
-                    if watch is not None:
-                        watch.pause()
             tracer = None if forward_only else self._tracer
         if tracer is not None:
             tracer.begin(get_args().curr_iteration + 1, batch)
@@ -163,7 +164,8 @@ class FlexSPTraining:
         if tracer is not None:
             tracer.end()
         # Only asks: the thread behind training agrees with the other ranks on the steps after the next.
-        batches.prepare()
+        if isinstance(batches, (PlannedBatches, GivenBatch)):
+            batches.prepare()
         return result
 
     def _watch_time(self, batch: PlannedBatch) -> None:
@@ -230,7 +232,7 @@ class FlexSPTraining:
         return output, functools.partial(script_loss, loss_mask, model=model)
 
     def _dataset_provider(self) -> Callable[..., Any]:
-        def provider(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> Any:
+        def provider(num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
             if self._iterators is None:
                 self._iterators = self._build(num_samples)
             return self._iterators
@@ -238,19 +240,13 @@ class FlexSPTraining:
         provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron reads it: every rank calls
         return provider
 
-    def _build(self, num_samples: tuple[int, int, int]) -> tuple[PlannedBatches | None, ...]:
+    def _build(self, num_samples: tuple[int, int | None, int]) -> Iterators:
         """Collective: data first, then groups, then the iterators over planned batches."""
         args, settings = get_args(), self._settings
-        datasets = _build_datasets(args, settings, num_samples)
+        sources = build_sources(args, settings, num_samples)
         # Megatron's evaluation would average over micro-batches instead of tokens, which depends on the plan.
         args.sft = False
-        sources = [SampleSource(dataset) if dataset is not None and len(dataset) else None for dataset in datasets]
-        if args.eval_iters and sources[1] is None:
-            raise FlexSPError(
-                f"--eval-iters {args.eval_iters} asks for validation, but --split {args.split} leaves no documents for "
-                "it: give it a part, or set --eval-iters 0"
-            )
-        parts = [part for source in sources if source is not None for part in source.parts]
+        parts = sources.parts
         longest = max(parts, key=lambda part: part.longest)
         self._context = build_context(args, settings, longest.longest, longest.name)
         if settings.trace is not None:
@@ -273,9 +269,14 @@ class FlexSPTraining:
                 tell=lambda change: print_rank_0(f" > [flexsp] autotune: {change}"),
                 submit=self._background.submit,
             )
-        consumed = (args.consumed_train_samples, 0 if args.skip_train else args.consumed_valid_samples, 0)
-        sizes = (_train_batch_size, _evaluation_batch_size, _evaluation_batch_size)
-        return tuple(map(self._iterator, sources, consumed, sizes))
+        train = self._batches_of(sources.train, args.consumed_train_samples, train_batch_size)
+        if args.full_validation:
+            sets = [self._whole_set(source) for source in sources.validation]
+            # Megatron would ask the test set for as many batches as validation has.
+            return train, sets if args.multiple_validation_sets else sets[0], None
+        consumed = 0 if args.skip_train else args.consumed_valid_samples
+        validation = self._batches_of(sources.validation[0], consumed, evaluation_batch_size)
+        return train, validation, self._batches_of(sources.test, 0, evaluation_batch_size)
 
     def reader(self, source: TokenSource) -> SliceReader:
         """Reads this rank's slices of what a source holds."""
@@ -297,18 +298,24 @@ class FlexSPTraining:
         assert batches is not None
         return batches.source
 
-    def _iterator(
+    def _batches_of(
         self, source: SampleSource | None, consumed: int, size_at: Callable[[int], int]
     ) -> PlannedBatches | None:
-        if source is None:
-            return None
+        return None if source is None else self._planned(source, batches_from(consumed, len(source), size_at))
+
+    def _whole_set(self, source: SampleSource | None) -> WholeSet:
+        assert source is not None
+        batches = all_batches(len(source), evaluation_batch_size())
+        return WholeSet(len(batches), lambda: self._planned(source, iter(batches)))
+
+    def _planned(self, source: SampleSource, batches: Iterator[range]) -> PlannedBatches:
         assert self._background is not None
         context = self.context
         return PlannedBatches(
             source,
             self.reader(source),
             context.channel,
-            batches_from(consumed, len(source), size_at),
+            batches,
             context.planner,
             context.settings.plan_ahead,
             self._background,
@@ -349,18 +356,6 @@ def _on_device(tensor: Tensor) -> Tensor:
     return tensor.to(device=torch.cuda.current_device(), non_blocking=True)
 
 
-def _train_batch_size(consumed: int) -> int:
-    """The global batch size once so many samples are consumed, ramp-up and schedules followed."""
-    calculator = copy.deepcopy(num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR)
-    calculator.update(consumed, False)
-    return int(calculator.get_current_running_global_batch_size())
-
-
-def _evaluation_batch_size(consumed: int) -> int:
-    args = get_args()
-    return int(getattr(args, "eval_global_batch_size", None) or args.global_batch_size)
-
-
 def _announce(context: Context) -> None:
     settings = context.settings
     degrees = settings.degrees if context.static_degree is None else (context.static_degree,)
@@ -371,45 +366,3 @@ def _announce(context: Context) -> None:
     )
     if context.cost_model.note:
         print_rank_0(f" > [flexsp] cost model: {context.cost_model.note}")
-
-
-def _build_datasets(args: Any, settings: Settings, num_samples: tuple[int, int, int]) -> Any:
-    """Train, validation and test documents through megatron.core's builder, on every rank."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    mock_documents = None
-    if args.mock_data:
-        blend = blend_per_split = None
-        vocabulary = args.vocab_size or args.padded_vocab_size
-        mock_documents = MockDocuments(mock_lengths(settings.mock_lengths, args.seq_length, args.seed), vocabulary)
-    conversations = _tokenize_conversations(args, blend, blend_per_split) if settings.sft else None
-    config = DocumentDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        overlong=settings.overlong,
-        mock_documents=mock_documents,
-        conversations=conversations,
-        object_storage_cache_path=args.object_storage_cache_path,
-    )
-    try:
-        return BlendedMegatronDatasetBuilder(DocumentDataset, list(num_samples), lambda: True, config).build()
-    except Exception as error:
-        # The builder wraps what goes wrong with mock data; the user's mistake is inside.
-        if isinstance(error.__cause__, FlexSPError):
-            raise error.__cause__ from None
-        raise
-
-
-def _tokenize_conversations(args: Any, blend: Any, blend_per_split: Any) -> dict[str, str]:
-    """Each file's tokenised conversations, made now where they are not there yet. Collective."""
-    blends = [blend, *(blend_per_split or [])]
-    paths = sorted({path for given in blends if given is not None for path in given[0]})
-    tokenizations = [tokenization_of(args, path, get_tokenizer()) for path in paths]
-    tokenize_all(tokenizations)
-    return {item.path: item.prefix for item in tokenizations}

@@ -61,7 +61,7 @@ class TestCompatibility:
             ("--dataloader-type cyclic", "--dataloader-type"),
             ("--eod-mask-loss", "--eod-mask-loss"),
             ("--tp-comm-overlap", "--tp-comm-overlap"),
-            ("--full-validation", "--full-validation"),
+            ("--multiple-validation-sets", "--multiple-validation-sets without --full-validation"),
             ("--iterations-to-skip 3", "--iterations-to-skip"),
         ],
     )
