@@ -19,8 +19,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.training import arguments, get_args, get_tokenizer, initialize, training  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 
+from megatron_flexsp.megatron.data import _tokenize_conversations  # noqa: E402
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig  # noqa: E402
-from megatron_flexsp.megatron.training import _tokenize_conversations  # noqa: E402
 
 if "transformer_engine" in sys.argv:
     # The stand-in for it computes on the CPU, so the stand-in for CUDA needn't choose other kernels.
