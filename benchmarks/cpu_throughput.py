@@ -98,10 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (options.output / "result.json").write_text(json.dumps(results, indent=1))
         return summaries, cost_model
 
+    loopback = options.cost_model
     for name in options.mixes:
         corpus = mixes[name]
-        loopback = options.cost_model
         if loopback is None and not options.quick:
+            # The costs are the model's and the machine's: one profile serves all mixes.
             loopback = profiled(corpus, options)
         summaries, cost_model = run(corpus, LOOPBACK, loopback)
         if name == "wikipedia" and options.link_to_compute:
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=3, help="global batches under every schedule (%(default)s)")
+    parser.add_argument("--batches", type=int, default=2, help="global batches under every schedule (%(default)s)")
     parser.add_argument("--documents-per-step", type=int, default=128, help="of the Wikipedia mix (%(default)s)")
     parser.add_argument("--mixes", nargs="+", choices=("files", "wikipedia"), default=["files", "wikipedia"])
     parser.add_argument(
