@@ -12,6 +12,7 @@ from megatron.training import get_args, get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron import releases
 from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.conversations import tokenization_of, tokenize_all
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
@@ -104,6 +105,7 @@ def _tokenize_conversations(args: Any, blend: Any, blend_per_split: Any) -> dict
     """Each file's tokenised conversations, made now where they are not there yet. Collective."""
     blends = [blend, *(blend_per_split or [])]
     paths = sorted({path for given in blends if given is not None for path in given[0]})
+    releases.have_chat_templates_give_tokens(get_tokenizer())
     tokenizations = [tokenization_of(args, path, get_tokenizer()) for path in paths]
     tokenize_all(tokenizations)
     return {item.path: item.prefix for item in tokenizations}

@@ -155,6 +155,8 @@ class FlexSPTraining:
         if not forward_only and has_dropout(get_args()):
             seed_dropout(get_args(), self.context.domain_rank)
         micro_batches = batch.micro_batches
+        if chunks is not None:
+            releases.keep_what_is_being_sent(others["model"])
         result = schedule(
             data_iterator=iter(micro_batches) if chunks is None else [iter(micro_batches) for _ in range(chunks)],
             num_microbatches=len(micro_batches),

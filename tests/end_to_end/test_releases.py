@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from .test_equality import OVERLAPS, assert_equal
+from .conftest import TRANSFORMER_ENGINE
+from .test_equality import GQA, INTERLEAVED, INTERLEAVED_PLAN, OVERLAPS, assert_equal
 from .test_experts import EACH_SEQUENCE, MOE, TWO_PARTS
 
 
@@ -25,4 +26,15 @@ def test_experts_on_two_ranks_with_both_overlaps(release: str, train: Callable, 
     run = train(2, *model, *OVERLAPS, plan=plan, gradients=True, megatron=folder)
     # Megatron adds the commit of the repository that it lies in to its version.
     assert re.search(rf"\[flexsp\] in Megatron {release}\S* of {folder}:", run.output)
+    assert_equal(run, reference(2, *model, megatron=folder))
+
+
+def test_the_oldest_release_with_transformer_engine_and_an_interleaved_pipeline(
+    train: Callable, reference: Callable
+) -> None:
+    folder = Path(sys.prefix, "megatron-0.17.1")
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; scripts/test.sh makes it")
+    model = (*GQA, *INTERLEAVED, *TRANSFORMER_ENGINE)
+    run = train(4, *model, plan=INTERLEAVED_PLAN, gradients=True, megatron=folder)
     assert_equal(run, reference(2, *model, megatron=folder))

@@ -1,6 +1,7 @@
 """The reference: the same sequences one by one, unpacked, through Megatron's stock attention and rotary embedding.
 
-Uses nothing of megatron_flexsp but the stand-in for CUDA and the sample order; no seam is in place.
+Uses nothing of megatron_flexsp but the stand-in for CUDA, the sample order and what mends an old release; no seam is
+in place.
 """
 
 import importlib.util
@@ -19,6 +20,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.training import arguments, get_args, get_tokenizer, initialize, training  # noqa: E402
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 
+from megatron_flexsp.megatron import releases  # noqa: E402
 from megatron_flexsp.megatron.data import _tokenize_conversations  # noqa: E402
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig  # noqa: E402
 
@@ -78,8 +80,8 @@ def provider(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> 
     )
     known = {}
     if args.conversations:
-        known, config.overlong = targets_of(blend[0][0]), "truncate"
         config.conversations = _tokenize_conversations(args, blend, None)
+        known, config.overlong = targets_of(blend[0][0]), "truncate"
     train, _, _ = BlendedMegatronDatasetBuilder(DocumentDataset, list(num_samples), lambda: True, config).build()
     return one_by_one(train, known), None, None
 
@@ -88,6 +90,20 @@ provider.is_distributed = True  # type: ignore[attr-defined]
 script.train_valid_test_datasets_provider = provider
 training.save_checkpoint_and_time = lambda *args, **kwargs: None
 
+get_forward_backward_func = training.get_forward_backward_func
+
+
+def keeping_outputs(*args: Any, **kwargs: Any) -> Any:
+    schedule = get_forward_backward_func(*args, **kwargs)
+
+    def run(**options: Any) -> Any:
+        releases.keep_what_is_being_sent(options["model"])
+        return schedule(**options)
+
+    return run
+
+
+training.get_forward_backward_func = keeping_outputs
 validate_args = arguments.validate_args
 
 

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,37 @@ def test_operations_of_unequal_lengths_from_a_count_of_equal_ones(
         total_real_tokens_in_batch=float(lengths.sum()),
     )
     assert releases.count_operations(num_floating_point_operations, args, lengths) == pytest.approx(expected, rel=1e-9)
+
+
+def test_outputs_stay_where_megatron_would_free_them_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = SimpleNamespace(config=SimpleNamespace(deallocate_pipeline_outputs=True))
+    releases.keep_what_is_being_sent([chunk])
+    assert chunk.config.deallocate_pipeline_outputs  # 0.19 waits for the transfer
+
+    from megatron.core.pipeline_parallel import schedules
+
+    # It says nothing of waiting.
+    monkeypatch.setattr(schedules, "forward_backward_pipelining_with_interleaving", schedules.deallocate_output_tensor)
+    releases.frees_what_is_being_sent.cache_clear()
+    releases.keep_what_is_being_sent([chunk])
+    releases.frees_what_is_being_sent.cache_clear()
+    assert not chunk.config.deallocate_pipeline_outputs
+
+
+def test_a_chat_template_gives_tokens_alone_where_megatron_counts_on_it() -> None:
+    class Plain:
+        def apply_chat_template(self, conversation: list[str], return_dict: bool = True) -> object:
+            return {"input_ids": conversation} if return_dict else conversation
+
+    class ReadsBoth(SimpleNamespace):
+        def _extract_token_ids(self) -> None: ...
+
+    for sft, gives in (
+        (SimpleNamespace(_tokenizer=Plain()), ["a"]),
+        (ReadsBoth(_tokenizer=Plain()), {"input_ids": ["a"]}),
+    ):
+        releases.have_chat_templates_give_tokens(SimpleNamespace(_tokenizer=sft))
+        assert sft._tokenizer.apply_chat_template(["a"]) == gives
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,11 @@
-"""Megatron 0.17 names one of these in an annotation; nothing here uses it."""
+"""Megatron 0.17 names these in annotations; nothing here uses it."""
 
 from torch import nn
 
 
 class Sequential(nn.Sequential):
     """Operations one after the other."""
+
+
+class FusibleOperation(nn.Module):
+    """One operation."""
