@@ -176,8 +176,6 @@ def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, N
     """FlexSP's settings after Megatron's own validation; None where either refuses."""
     try:
         arguments.settings_from_args(args)
-        if args.flexsp_profile is not None:
-            rounds.check_profile(args)
     except FlexSPError as problem:
         yield error("shape", str(problem), "correct it: FlexSP refuses to start")
         return None

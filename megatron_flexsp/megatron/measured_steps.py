@@ -42,7 +42,7 @@ class RandomText:
 
 @dataclass(frozen=True)
 class MeasuredBytes:
-    """What one step kept on the rank that kept most of it."""
+    """What one step kept on this rank."""
 
     state: float
     """Between steps: parameters, gradients, optimizer."""
@@ -82,14 +82,8 @@ class StepRunner:
         return self._slowest(lambda: self._run(batch, lambda: None))
 
     def bytes(self, batch: PlannedBatch) -> MeasuredBytes:
-        """Run one step and find the memory that it needs. Collective; the greatest of all ranks."""
-        if on_cpu():
-            state, activations = self._counted_bytes(batch)
-        else:
-            state, activations = self._allocated_bytes(batch)
-        figures = torch.tensor([state, activations], dtype=torch.float64)
-        self._context.hosts.all_reduce(figures, dist.ReduceOp.MAX)
-        return MeasuredBytes(*figures.tolist())
+        """Run one step and find the memory that it needs here. Collective."""
+        return MeasuredBytes(*(self._counted_bytes(batch) if on_cpu() else self._allocated_bytes(batch)))
 
     def exchange_seconds(self, degree: int, bytes_per_rank: int, repeats: int) -> list[float]:
         """Seconds of one all-to-all of so many bytes from each rank, all blocks of the degree at once. Collective."""

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import arguments, experts, precision, releases, rounds, seams
+from megatron_flexsp.megatron import arguments, experts, precision, releases, seams
 from megatron_flexsp.megatron.seams import Seam
 
 
@@ -83,7 +83,6 @@ def training_seams(profiles: bool) -> list[Seam]:
                 args.micro_batch_size = 1
             arguments.settings_from_args(args)
             if profiles:
-                rounds.check_profile(args)
                 profiling.prepare_arguments(args)
             precision.keep_scaling_in_tensor_parallel_group(args)
             validated = original(args, defaults or {})

@@ -70,11 +70,14 @@ def describe_job(args: argparse.Namespace) -> dict[str, Any]:
         "padded_vocab_size",
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "expert_model_parallel_size",
+        "num_experts",
         "sequence_parallel",
         "recompute_granularity",
         "transformer_impl",
     )
-    job = {name: getattr(args, name) for name in names}
+    job = {name: getattr(args, name, None) for name in names}
     job["num_query_groups"] = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     job["fp8"] = f"{args.fp8}, {args.fp8_recipe}" if args.fp8 else None
     job["params_dtype"] = str(args.params_dtype).removeprefix("torch.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import experts
 
 
@@ -16,13 +15,3 @@ def why_rounds(args: argparse.Namespace) -> str | None:
     if getattr(args, "use_megatron_fsdp", False):
         return "Megatron-FSDP (--use-megatron-fsdp) gathers parameters from all ranks in every micro-batch"
     return experts.why_rounds(args)
-
-
-def check_profile(args: argparse.Namespace) -> None:
-    """Refuse to measure a job whose ranks must stay in step: measured steps leave some of them without work."""
-    reason = why_rounds(args)
-    if reason is not None:
-        raise FlexSPError(
-            f"--flexsp-profile: {reason}, and steps that are measured don't keep to rounds. Measure the "
-            "job without it, or train with the estimated cost model"
-        )

@@ -62,6 +62,10 @@ class CostModel:
     """Seconds that every step costs beside its micro-batches: reducing gradients, the optimizer. No plan changes
     it, so plans leave it out: a measured step compares with a plan's predicted seconds plus this."""
 
+    pipeline_fill_share: float = 1.0
+    """What each further pipeline stage adds to a step, as a share of the rank's longest micro-batch, 0 to 1: 1 where
+    all stages are equally slow, less where the others are faster, or where stages are interleaved."""
+
     note: str = ""
     """Free text for people."""
 
@@ -69,8 +73,10 @@ class CostModel:
     """Where the constants come from, as the profiler left it; the planner does not read it."""
 
     def __post_init__(self) -> None:
-        for key in (*_NUMBER_KEYS, *_OPTIONAL_NUMBER_KEYS):
+        for key in (*_NUMBER_KEYS, *_USUAL_NUMBERS):
             _check_number(key, getattr(self, key))
+        if self.pipeline_fill_share > 1:
+            raise FlexSPError(f"pipeline_fill_share is {self.pipeline_fill_share}; expected at most 1")
         for key in _TABLE_KEYS:
             for degree, value in getattr(self, key).items():
                 _check_number(f'{key}["{degree}"]', value)
@@ -126,7 +132,7 @@ class CostModel:
         data |= {
             key: {str(degree): value for degree, value in sorted(getattr(self, key).items())} for key in _TABLE_KEYS
         }
-        data |= {key: getattr(self, key) for key in _OPTIONAL_NUMBER_KEYS if getattr(self, key)}
+        data |= {key: getattr(self, key) for key, usual in _USUAL_NUMBERS.items() if getattr(self, key) != usual}
         if self.measurement:
             data["measurement"] = dict(self.measurement)
         return json.dumps(data, indent=2) + "\n"
@@ -183,6 +189,10 @@ class CostModel:
         bandwidth = self._bandwidth(degree)
         return np.asarray(compute / degree + self.exchange_bytes_per_token * tokens / (degree * bandwidth))
 
+    def stages_counted(self, pipeline_stages: int) -> float:
+        """How often a step counts each rank's longest micro-batch: once, and the fill and drain of a pipeline."""
+        return 1 + self.pipeline_fill_share * (pipeline_stages - 1)
+
     def latency_seconds(self, degree: int) -> float:
         """Seconds of exchange latency that a micro-batch of this degree costs; 0 for degree 1."""
         return 0.0 if degree == 1 else float(self.exchange_latency_seconds.get(degree, 0.0))
@@ -208,11 +218,10 @@ class CostModel:
 
 
 _TABLE_KEYS = ("exchange_bandwidth_bytes_per_second", "exchange_latency_seconds")
-_OPTIONAL_NUMBER_KEYS = ("step_overhead_seconds",)
+_USUAL_NUMBERS = {"step_overhead_seconds": 0.0, "pipeline_fill_share": 1.0}
+"""Numbers that a file may leave out, and what they are then."""
 _NUMBER_KEYS = tuple(
-    item.name
-    for item in fields(CostModel)
-    if item.name not in (*_TABLE_KEYS, *_OPTIONAL_NUMBER_KEYS, "note", "measurement")
+    item.name for item in fields(CostModel) if item.name not in (*_TABLE_KEYS, *_USUAL_NUMBERS, "note", "measurement")
 )
 
 

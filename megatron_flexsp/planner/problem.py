@@ -37,8 +37,8 @@ class Problem:
     count_multiple: int
     """Every rank runs a multiple of so many micro-batches."""
 
-    pipeline_stages: int
-    """Stages of the pipeline that every micro-batch passes."""
+    pipeline_stages: float
+    """Stages of the pipeline that every micro-batch passes, those beside the slowest by what they add to a step."""
 
     overhead_seconds: float
     """What every micro-batch costs."""
@@ -127,7 +127,7 @@ def make_problem(
         degrees=allowed,
         tokens_per_rank=tokens_per_rank,
         count_multiple=count_multiple,
-        pipeline_stages=pipeline_stages,
+        pipeline_stages=cost_model.stages_counted(pipeline_stages),
         overhead_seconds=float(cost_model.micro_batch_overhead_seconds),
         latency_seconds={degree: cost_model.latency_seconds(degree) for degree in allowed},
         sequence_seconds={degree: row.tolist() for degree, row in seconds.items()},

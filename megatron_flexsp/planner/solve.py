@@ -100,7 +100,11 @@ def plan(
 
     def planned(problem: Problem, schedule: str, deadline: float) -> Plan:
         answer = _solve(problem, schedule, deadline, seed)
-        return _with_prediction(problem, schedule, answer, lengths, cost_model)
+        micro_batches = _with_endings(problem, answer.micro_batches)
+        bound_seconds = answer.bound_seconds
+        found = Plan(problem.domain_size, schedule, micro_batches, math.nan, bound_seconds, math.nan, "heuristic")
+        seconds = step_seconds(found, lengths, cost_model, pipeline_stages=pipeline_stages)
+        return _with_prediction(found, answer, seconds)
 
     if schedule == "static":
         found = planned(_static_problems(problem)[0], "static", deadline)
@@ -151,20 +155,8 @@ def _lockstep(problem: Problem, deadline: float, seed: int) -> _Answer:
     return _Answer(micro_batches_of(problem, rounds), bound_seconds, is_complete, is_cut_short)
 
 
-def _with_prediction(
-    problem: Problem, schedule: str, answer: _Answer, lengths: ArrayLike, cost_model: CostModel
-) -> Plan:
-    """The answer as a plan: endings added, its step predicted, its status drawn from its bound."""
-    found = Plan(
-        domain_size=problem.domain_size,
-        schedule=schedule,
-        micro_batches=_with_endings(problem, answer.micro_batches),
-        predicted_seconds=math.nan,
-        lower_bound_seconds=answer.bound_seconds,
-        solve_seconds=math.nan,
-        status="heuristic",
-    )
-    predicted_seconds = step_seconds(found, lengths, cost_model, pipeline_stages=problem.pipeline_stages)
+def _with_prediction(found: Plan, answer: _Answer, predicted_seconds: float) -> Plan:
+    """The plan with its step predicted, and its status drawn from the answer's bound."""
     bound_seconds = predicted_seconds if answer.is_best else min(answer.bound_seconds, predicted_seconds)
     status = "heuristic" if answer.is_cut_short else "feasible"
     return _with_bound(replace(found, predicted_seconds=predicted_seconds, status=status), bound_seconds)

@@ -43,10 +43,11 @@ def step_seconds(plan: Plan, lengths: ArrayLike, cost_model: CostModel, *, pipel
     With a pipeline of p stages, each as fast as the cost model says, the last stage ends later: a row of
     micro-batches that take the same time at every stage ends p - 1 times the longest of them after its sum
     (a proportionate flow shop). So on each rank's path (in lockstep, for the rounds) the longest micro-batch
-    counts p times: fill and drain.
+    counts p times: fill and drain. Where the other stages are faster, the cost model says which share of a
+    stage's time each of them adds (``CostModel.pipeline_fill_share``).
     """
     seconds = micro_batch_seconds(plan, lengths, cost_model).tolist()
-    further_stages = pipeline_stages - 1
+    further_stages = cost_model.stages_counted(pipeline_stages) - 1
     if plan.schedule == "lockstep":
         in_order = iter(seconds)
         lasting = [max(next(in_order) for _ in members) for members in rounds(plan)]

@@ -1,12 +1,12 @@
 """Seconds of measured steps in, the constants of a cost model out.
 
 Every constant enters a step's seconds linearly, so that the fit is one linear program: least absolute deviations,
-each relative to the measured seconds, no constant negative. A run that something disturbed counts as one deviation,
+each relative to the median of its kind, no constant negative. A run that something disturbed counts as one deviation,
 however large, and the fit passes it by as a median would.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from megatron_flexsp.planner.linear_program import LinearProgram
 
 _LEAST_SHARE_OF_LINEAR = 1e-3
 """An exchange too cheap to be seen still gets this share of a token's compute, so that bandwidths are finite."""
+
+_FILL_SHARES = tuple(k / 20 for k in range(21))
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,16 @@ class Sample:
     tokens_squared: float
     """Sum of its squared lengths."""
 
-    times: float
-    """How often a micro-batch's seconds count in the step's: its rounds, and the fill and drain of a pipeline."""
+    rounds: float
+    """Micro-batches that each rank runs."""
 
     seconds: float
+    further_stages: int = 0
+    """Pipeline stages beside one: the step counts a share of a micro-batch's seconds for each, as fill and drain."""
+
+    def times(self, fill_share: float) -> float:
+        """How often a micro-batch's seconds count in the step's."""
+        return self.rounds + fill_share * self.further_stages
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,9 @@ class Constants:
     exchanged_token: Mapping[int, float]
     """Exchanging one token of a rank's slice, by degree."""
 
+    fill_share: float = 1.0
+    """What a further stage of a pipeline adds to a step, in micro-batches."""
+
     def seconds(self, sample: Sample) -> float:
         """What they predict for a step; ``sample.seconds`` is not read."""
         work = self.token_squared * sample.tokens_squared + self.token * sample.tokens
@@ -58,11 +69,13 @@ class Constants:
         if sample.degree > 1:
             exchanged = self.exchanged_token[sample.degree] * sample.tokens / sample.degree
             micro_batch += self.latency[sample.degree] + exchanged
-        return self.step + sample.times * micro_batch
+        return self.step + sample.times(self.fill_share) * micro_batch
 
 
 def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = None) -> Constants:
     """The constants that explain the samples best.
+
+    The share of a pipeline's further stages multiplies the other constants, so it is found by trying some.
 
     Parameters
     ----------
@@ -76,33 +89,60 @@ def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = 
     FlexSPError
         If the samples are too few to tell the constants apart, or a time is not positive.
     """
-    wide = sorted({sample.degree for sample in samples} - {1})
-    columns = 4 + 2 * len(wide)
-    features = np.zeros((len(samples), columns))
     seconds = np.array([sample.seconds for sample in samples])
     if not (np.isfinite(seconds) & (seconds > 0)).all():
         raise FlexSPError("a measured step took no time or no finite time: the clock can't be trusted")
+    shares = _FILL_SHARES if any(sample.further_stages for sample in samples) else (1.0,)
+    # Not by each one's own: of equal deviations those of fast runs would then weigh more than those of slow ones.
+    medians = np.empty(len(samples))
+    for alike in _kinds(samples):
+        medians[alike] = np.median(seconds[alike])
+
+    def deviation(constants: Constants) -> float:
+        predicted = np.array([constants.seconds(sample) for sample in samples])
+        return float((np.abs(predicted - seconds) / medians).sum())
+
+    fits = [_fit_with(samples, seconds, medians, least_exchange or {}, share) for share in shares]
+    return min(fits, key=deviation)
+
+
+def _kinds(samples: Sequence[Sample]) -> list[list[int]]:
+    """The places of samples of one kind."""
+    kinds: dict[Sample, list[int]] = {}
+    for place, sample in enumerate(samples):
+        kinds.setdefault(replace(sample, seconds=0.0), []).append(place)
+    return list(kinds.values())
+
+
+def _fit_with(
+    samples: Sequence[Sample],
+    seconds: NDArray[np.float64],
+    medians: NDArray[np.float64],
+    least_exchange: Mapping[int, float],
+    fill_share: float,
+) -> Constants:
+    """The best constants if a pipeline's further stages cost that share."""
+    wide = sorted({sample.degree for sample in samples} - {1})
+    columns = 4 + 2 * len(wide)
+    features = np.zeros((len(samples), columns))
     for row, sample in enumerate(samples):
-        features[row, :4] = (
-            1.0,
-            sample.times,
-            sample.times * sample.tokens / sample.degree,
-            sample.times * sample.tokens_squared / sample.degree,
-        )
+        times = sample.times(fill_share)
+        tokens, squared = times * sample.tokens / sample.degree, times * sample.tokens_squared / sample.degree
+        features[row, :4] = 1.0, times, tokens, squared
         if sample.degree > 1:
             place = 4 + 2 * wide.index(sample.degree)
-            features[row, place : place + 2] = sample.times, sample.times * sample.tokens / sample.degree
+            features[row, place : place + 2] = times, tokens
     if len(np.unique(features, axis=0)) < columns:
         raise FlexSPError(
             f"{len(np.unique(features, axis=0))} kinds of steps can't tell {columns} constants apart: measure "
             "more of them, with more tokens a rank"
         )
     least = np.zeros(columns)
-    for degree, value in (least_exchange or {}).items():
+    for degree, value in least_exchange.items():
         least[4 + 2 * wide.index(degree) + 1] = value
-    found = least_absolute_deviations(features / seconds[:, None], np.ones(len(samples)), least)
+    found = least_absolute_deviations(features / medians[:, None], seconds / medians, least)
     # Where a job is so small that its tokens seem to cost nothing, a share of all that a slice's token takes.
-    each = np.median(seconds / np.array([sample.times * sample.tokens / sample.degree for sample in samples]))
+    each = np.median(seconds / features[:, 2])
     floor = _LEAST_SHARE_OF_LINEAR * max(found[2], _LEAST_SHARE_OF_LINEAR * float(each))
     return Constants(
         step=found[0],
@@ -111,6 +151,7 @@ def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = 
         token_squared=found[3],
         latency={degree: found[4 + 2 * k] for k, degree in enumerate(wide)},
         exchanged_token={degree: max(found[5 + 2 * k], floor) for k, degree in enumerate(wide)},
+        fill_share=fill_share,
     )
 
 
@@ -157,11 +198,9 @@ class Quality:
 
 def quality(constants: Constants, samples: Sequence[Sample]) -> Quality:
     """Compare predictions with the medians of the samples of each kind."""
-    kinds: dict[tuple[float, ...], list[Sample]] = {}
-    for sample in samples:
-        kinds.setdefault((sample.degree, sample.tokens, sample.tokens_squared, sample.times), []).append(sample)
-    predicted = np.array([constants.seconds(alike[0]) for alike in kinds.values()])
-    measured = np.array([np.median([sample.seconds for sample in alike]) for alike in kinds.values()])
+    kinds = [[samples[place] for place in alike] for alike in _kinds(samples)]
+    predicted = np.array([constants.seconds(alike[0]) for alike in kinds])
+    measured = np.array([np.median([sample.seconds for sample in alike]) for alike in kinds])
     errors = np.abs(predicted / measured - 1)
     spread = ((measured - measured.mean()) ** 2).sum()
     r_squared = 1 - ((measured - predicted) ** 2).sum() / spread if spread else 1.0

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class _Kept:
@@ -36,7 +37,7 @@ class SavedBytes:
     """
 
     def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
-        self._excluded = {_storage(tensor) for tensor in excluded}
+        self._excluded = {_storage(_local(tensor)) for tensor in excluded}
         self._holders: Counter[int] = Counter()
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self.held = 0
@@ -72,7 +73,8 @@ class SavedBytes:
 
 def state_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of the storages behind tensors, each counted once."""
-    sizes = {_storage(x): x.untyped_storage().nbytes() for x in tensors if x is not None}
+    here = [_local(x) for x in tensors if x is not None]
+    sizes = {_storage(x): x.untyped_storage().nbytes() for x in here}
     return sum(sizes.values())
 
 
@@ -86,6 +88,11 @@ def optimizer_tensors(optimizer: Any) -> list[Tensor]:
         for values in getattr(inner, "state", {}).values():
             found += [value for value in values.values() if isinstance(value, Tensor)]
     return found
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is sharded over several."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 
 def _storage(tensor: Tensor) -> int:

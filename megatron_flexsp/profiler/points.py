@@ -12,17 +12,35 @@ from numpy.typing import NDArray
 
 from megatron_flexsp.planner import MicroBatch, Plan, first_ranks
 
+
+@dataclass(frozen=True)
+class _Kind:
+    """A step of each degree."""
+
+    share: float
+    """How full a rank's memory is."""
+
+    is_like_data: bool
+    """Whether the pack is like the data, or as few sequences as can be."""
+
+    rounds: int
+    fills_pipeline: bool = True
+    """Whether it runs so many times as many micro-batches as the pipeline has stages; if not, as few as can be."""
+
+    narrowest_alone: bool = False
+    """Whether it says nothing of wider groups that the others don't."""
+
+
 _KINDS = (
-    # How full a rank's memory is; whether the pack is like the data, or as few sequences as can be; micro-batches.
-    (1.0, False, 1),
-    (1.0, True, 1),
-    (0.5, False, 1),
-    (0.5, True, 2),
-    (0.25, True, 1),
-    (0.125, True, 4),
+    _Kind(1.0, False, 1),
+    _Kind(1.0, True, 1, narrowest_alone=True),
+    _Kind(0.5, False, 1, fills_pipeline=False),
+    _Kind(0.5, True, 2),
+    _Kind(0.25, True, 1, fills_pipeline=False, narrowest_alone=True),
+    _Kind(0.125, True, 4),
 )
-"""Two numbers of micro-batches tell what a step costs from what a micro-batch costs, two kinds of packs what squared
-lengths cost from what tokens cost, and sizes what every micro-batch costs."""
+"""Numbers of micro-batches tell what a step costs, and a pipeline's fill and drain, from what a micro-batch costs; two
+kinds of packs what squared lengths cost from what tokens cost; and sizes what every micro-batch costs."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +66,12 @@ class Point:
 
 
 def choose_points(
-    degrees: Sequence[int], tokens_per_rank: int, lengths: NDArray[np.int64], longest: int, count_multiple: int = 1
+    degrees: Sequence[int],
+    tokens_per_rank: int,
+    lengths: NDArray[np.int64],
+    longest: int,
+    count_multiple: int = 1,
+    pipeline_stages: int = 1,
 ) -> list[Point]:
     """Points that tell the cost model's constants apart, in the range that the job's plans will use.
 
@@ -64,14 +87,19 @@ def choose_points(
         Tokens of the longest sequence that can come.
     count_multiple
         What a rank's micro-batch count must divide by.
+    pipeline_stages
+        Stages that every micro-batch passes: most steps keep all of them busy, as a job's own do.
     """
+    filling = -(-pipeline_stages // count_multiple) * count_multiple
     lengths = lengths[lengths <= longest]
     points = []
     for degree in degrees:
-        for share, is_like_data, rounds in _KINDS:
-            tokens = max(1, int(tokens_per_rank * share)) * degree
-            pack = _like_the_data(tokens, lengths, longest) if is_like_data else _one_long(tokens, longest)
-            points.append(Point(degree, pack, rounds * count_multiple))
+        for kind in _KINDS:
+            if kind.narrowest_alone and degree != degrees[0]:
+                continue
+            tokens = max(1, int(tokens_per_rank * kind.share)) * degree
+            pack = _like_the_data(tokens, lengths, longest) if kind.is_like_data else _one_long(tokens, longest)
+            points.append(Point(degree, pack, kind.rounds * (filling if kind.fills_pipeline else count_multiple)))
     return points
 
 
@@ -93,11 +121,12 @@ def _like_the_data(tokens: int, lengths: NDArray[np.int64], longest: int) -> tup
     return (*pack, *_one_long(tokens - sum(pack), longest))
 
 
-def plan_of(point: Point, domain_size: int) -> tuple[Plan, NDArray[np.int64]]:
+def plan_of(point: Point, domain_size: int, in_rounds: bool = False) -> tuple[Plan, NDArray[np.int64]]:
     """The plan that runs a point, and the lengths of its sequences.
 
     Where the degree's blocks don't cover the domain, the remaining ranks run half as much, so that they are busy
-    and never late.
+    and never late. Every rank runs as many micro-batches, so that the plan is a nested one and, ordered by rounds, a
+    lockstep one; ``in_rounds`` asks for that.
     """
     starts = list(first_ranks(point.degree, domain_size))
     covered = {rank for start in starts for rank in range(start, start + point.degree)}
@@ -112,8 +141,10 @@ def plan_of(point: Point, domain_size: int) -> tuple[Plan, NDArray[np.int64]]:
     for _ in range(point.rounds):
         for start in starts:
             add(start, point.degree, point.lengths)
-    for rank in sorted(set(range(domain_size)) - covered):
-        for _ in range(point.rounds):
+        for rank in sorted(set(range(domain_size)) - covered):
             add(rank, 1, [max(1, point.tokens // (2 * point.degree))])
-    plan = Plan(domain_size, "nested", tuple(items), 0.0, 0.0, 0.0, "heuristic")
+    if not in_rounds:
+        items.sort(key=lambda item: -item.degree)
+    schedule = "lockstep" if in_rounds else "nested"
+    plan = Plan(domain_size, schedule, tuple(items), 0.0, 0.0, 0.0, "heuristic")
     return plan, np.array(lengths, dtype=np.int64)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.cpu_throughput import RANKS_PER_HOST, Setting, slow_links
 from benchmarks.harness.corpora import wikipedia_lengths
 from benchmarks.harness.summary import Summary
-from benchmarks.plugin_share import calls_of_step, own_seconds
+from benchmarks.plugin_share import TRACER, calls_of_step, own_seconds, seconds_within
 from megatron_flexsp.planner import CostModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +76,20 @@ def test_own_time_is_without_what_is_called():
     assert own == {"outer": 40, "first": 25, "inner": 5, "second": 30, "elsewhere": 60}
 
 
+def test_tracing_counts_with_what_it_calls_and_each_call_once():
+    def event(name: str, start: float, duration: float, thread: int = 1) -> dict[str, object]:
+        return {"tid": thread, "ts": start, "dur": duration, "name": name}
+
+    events = [
+        event("training.py(1): train_step", 0, 100),
+        event(f"{TRACER}7): begin", 10, 20),
+        event(f"{TRACER}9): mark", 12, 5),
+        event(f"{TRACER}8): end", 50, 10),
+        event(f"{TRACER}20): _write_plan", 15, 40, thread=2),
+    ]
+    assert seconds_within(events, TRACER) == pytest.approx(70e-6)
+
+
 def test_wikipedia_lengths_come_from_the_table_or_from_a_file(tmp_path):
     drawn = [len(record.text) for record in wikipedia_lengths(128).records()]
     assert min(drawn) >= 2 and 3500 < max(drawn) <= 4096
@@ -95,5 +109,6 @@ def test_throughput_of_four_schedules(tmp_path):
 
 
 def test_plugin_share(tmp_path):
-    printed = benchmark("plugin_share.py", "--documents-per-step", "8", "--output", str(tmp_path))
+    printed = benchmark("plugin_share.py", "--flexsp-trace", "--documents-per-step", "8", "--output", str(tmp_path))
     assert "the plugin" in printed
+    assert "--flexsp-trace, and what it calls" in printed

@@ -4,9 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from megatron_flexsp.planner import CostModel, plan
 
 from .conftest import JOB, LLAMA, ROOT
+from .test_experts import MOE, TWO_PARTS
 
 SCRIPT = str(ROOT / "scripts" / "pretrain_gpt.py")
 LAUNCHER = ("-m", "megatron_flexsp.run", "--cpu")
@@ -44,3 +47,42 @@ def test_a_job_measures_itself(torchrun: Callable, tmp_path: Path) -> None:
     assert "cost model: measured on" in trained.stdout
     assert "24 tokens a rank" in trained.stdout
     assert "iteration        2/       2" in trained.stdout
+
+
+SHARDED = (
+    "--use-megatron-fsdp",
+    "--data-parallel-sharding-strategy",
+    "optim_grads_params",
+    "--ckpt-format",
+    "fsdp_dtensor",
+    "--use-distributed-optimizer",
+)
+PIPELINE = ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1")
+"""Interleaved, two chunks a stage."""
+
+
+@pytest.mark.parametrize(
+    ("nproc", "model", "stages", "multiple"),
+    [(4, (*LLAMA, *PIPELINE), 2, 2), (2, (*MOE, *TWO_PARTS), 1, 1), (2, (*LLAMA, *SHARDED), 1, 1)],
+    ids=["interleaved pipeline", "experts on two ranks", "FSDP"],
+)
+def test_a_job_whose_ranks_depend_on_each_other_measures_itself(
+    nproc: int, model: tuple[str, ...], stages: int, multiple: int, torchrun: Callable, tmp_path: Path
+) -> None:
+    """Ranks of a pipeline's stages, or of a round: none waits for another for ever."""
+    path = tmp_path / "costs.json"
+    job = (*LAUNCHER, SCRIPT, *JOB, *model, *MOCK, "--flexsp-max-tokens-per-rank", "24", "--train-iters", "2")
+    done = torchrun(nproc, *job, "--flexsp-profile", str(path), "--flexsp-profile-seconds", "0")
+    assert "predicted against measured" in done.stdout
+
+    cost_model = CostModel.load(path)
+    assert cost_model.token_capacity // (1 if stages == 1 else 3) == 24
+    assert cost_model.pipeline_fill_share <= 1
+    record = json.loads(path.read_text())["measurement"]
+    assert {point["degree"] for point in record["points"]} == {1, 2}
+    assert all(point["rounds"] % multiple == 0 for point in record["points"])
+    assert record["check"]
+
+    if stages > 1:
+        trained = torchrun(nproc, *job, "--flexsp", "--flexsp-cost-model", str(path))
+        assert "iteration        2/       2" in trained.stdout

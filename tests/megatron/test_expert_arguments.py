@@ -8,7 +8,6 @@ import pytest
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import check_compatibility, settings_from_args
 from megatron_flexsp.megatron.experts import token_dispatcher
-from megatron_flexsp.megatron.rounds import check_profile
 
 Parse = Callable[..., Namespace]
 
@@ -43,11 +42,6 @@ class TestSchedule:
             settings_from_args(parse(f"{apart} --expert-model-parallel-size 2"))
         with pytest.raises(FlexSPError, match=rf"--flexsp-schedule {schedule}: global_aux_loss adds up over all"):
             settings_from_args(parse(f"{apart} --moe-router-load-balancing-type global_aux_loss"))
-
-    def test_measuring_is_refused_where_ranks_must_stay_in_step(self, parse: Parse) -> None:
-        check_profile(parse(EXPERTS))
-        with pytest.raises(FlexSPError, match="--flexsp-profile: experts lie on several data-parallel ranks"):
-            check_profile(parse(f"{EXPERTS} --expert-model-parallel-size 2"))
 
     def test_static_groups_run_in_rounds(self, parse: Parse) -> None:
         settings = settings_from_args(parse(f"{EXPERTS} --expert-model-parallel-size 2 --flexsp-schedule static"))

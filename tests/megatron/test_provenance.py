@@ -27,13 +27,17 @@ def test_another_job_is_refused_and_the_same_one_taken(parse: Callable) -> None:
     check_same_job(job, measured, domain_size=8)
     check_same_job(job, load_cost_model("gpt-7b-192k"), domain_size=8)  # says nothing of a job
 
-    other = validated(parse("--flexsp-cost-model costs.json --num-layers 8 --bf16 --recompute-granularity full"))
+    more = "--num-layers 8 --bf16 --recompute-granularity full"
+    more += " --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+    other = validated(parse(f"--flexsp-cost-model costs.json {more}"))
     with pytest.raises(FlexSPError) as refusal:
         check_same_job(other, measured, domain_size=4)
     for difference in (
         "num-layers 4, here 8",
         "params-dtype float32, here bfloat16",
         "recompute-granularity None, here full",
+        "tensor-model-parallel-size 1, here 2",
+        "pipeline-model-parallel-size 1, here 2",
         "data-parallel ranks 8, here 4",
         "--flexsp-cost-model costs.json",
     ):

@@ -37,7 +37,7 @@ def test_token_capacity_is_rounded_down(simple_model, published_7b):
 
 
 def test_json_round_trip(tmp_path, published_7b):
-    model = replace(published_7b, note="64 A100", measurement={"date": "2024-12-02"})
+    model = replace(published_7b, pipeline_fill_share=0.0, note="64 A100", measurement={"date": "2024-12-02"})
     path = tmp_path / "model.json"
     path.write_text(model.to_json())
     assert CostModel.load(path) == model
@@ -66,6 +66,7 @@ def test_rejects_what_is_no_json(tmp_path, text):
     ("change", "message"),
     [
         ({"schema": "flexsp.cost_model/2"}, "schema is 'flexsp.cost_model/2'"),
+        ({"pipeline_fill_share": 1.5}, "pipeline_fill_share is 1.5; expected at most 1"),
         ({"linear_seconds_per_token": None}, "linear_seconds_per_token is None; expected a number"),
         ({"linear_seconds_per_token": "1"}, "linear_seconds_per_token is '1'; expected a number"),
         ({"linear_seconds_per_token": True}, "linear_seconds_per_token is True"),

@@ -35,6 +35,7 @@ def cost_models(draw, degrees, token_capacity):
         exchange_bytes_per_token=draw(st.sampled_from([0, 1, 1000])),
         exchange_bandwidth_bytes_per_second={degree: draw(st.floats(10.0, 1e5)) for degree in wide},
         exchange_latency_seconds={degree: draw(seconds) for degree in wide if draw(st.booleans())},
+        pipeline_fill_share=draw(st.sampled_from([1.0, 0.3, 0.0])),
     )
 
 

@@ -1,5 +1,7 @@
 """Hand-checked step times, balance and padding. In the simple model a token takes 2 ranks 1.5 s, 1 rank 1 s."""
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_flexsp.planner import (
@@ -31,6 +33,16 @@ def test_lockstep_step_is_the_sum_of_the_slowest_groups(simple_model):
     rounds = ((0, 1, (0,)), (1, 1, (1,)), (0, 1, (2,)), (1, 1, ()), (0, 1, ()), (1, 1, (3,)))
     plan = make_plan("lockstep", *rounds)
     assert step_seconds(plan, LENGTHS, simple_model) == 40 + 20 + 15
+
+
+@pytest.mark.parametrize("schedule", ["nested", "lockstep"])
+def test_fill_and_drain_count_by_what_further_stages_add(simple_model, schedule):
+    plan = make_plan(schedule, (0, 1, (0,)), (1, 1, (1,)), (0, 1, (2,)), (1, 1, (3,)))
+    alone = step_seconds(plan, LENGTHS, simple_model)
+    assert step_seconds(plan, LENGTHS, simple_model, pipeline_stages=3) == alone + 2 * 40
+    faster = replace(simple_model, pipeline_fill_share=0.25)
+    assert step_seconds(plan, LENGTHS, faster, pipeline_stages=3) == alone + 0.25 * 2 * 40
+    assert step_seconds(plan, LENGTHS, faster) == alone
 
 
 def test_a_group_waits_for_its_last_rank(simple_model):

@@ -60,6 +60,18 @@ def test_an_exchange_costs_no_less_than_it_is_known_to() -> None:
     assert found.exchanged_token[2] == pytest.approx(1e-5, rel=0.5)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.35, 1.0])
+def test_what_a_pipelines_fill_and_drain_cost_is_found(share: float) -> None:
+    true = replace(CONSTANTS, fill_share=share)
+    measured = []
+    for point in choose_points((1, 2, 4, 8), 512, LENGTHS, longest=4096, pipeline_stages=4):
+        sample = Sample(point.degree, point.tokens, point.tokens_squared, point.rounds, math.nan, further_stages=3)
+        measured.append(replace(sample, seconds=true.seconds(sample)))
+    found = fit(measured)
+    assert found.fill_share == share
+    assert everything(found) == pytest.approx(everything(CONSTANTS), rel=1e-3)
+
+
 def test_too_few_kinds_of_steps_are_refused() -> None:
     with pytest.raises(FlexSPError, match="can't tell"):
         fit([Sample(1, 100, 10_000, 1, 0.5)] * 50)

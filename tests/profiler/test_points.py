@@ -18,11 +18,24 @@ def test_points_are_legal_plans(domain_size: int, count_multiple: int) -> None:
         assert max(point.lengths) <= 600
 
 
+def test_steps_fill_the_pipeline_and_some_do_not() -> None:
+    points = choose_points((1, 2), 512, np.array([10, 20, 40, 80]), longest=1024, count_multiple=2, pipeline_stages=3)
+    assert {point.rounds for point in points} == {2, 4, 8, 16}
+
+
+@pytest.mark.parametrize("domain_size", [2, 6])
+def test_points_are_lockstep_plans_where_ranks_must_stay_in_step(domain_size: int) -> None:
+    for point in choose_points(legal_degrees(domain_size), 256, np.array([3, 64, 90]), longest=600):
+        plan, lengths = plan_of(point, domain_size, in_rounds=True)
+        assert plan.schedule == "lockstep"
+        plan.validate(lengths, 256)
+
+
 def test_points_differ_in_what_the_constants_stand_for() -> None:
     points = choose_points((1, 2), 512, np.array([10, 20, 40, 80]), longest=1024)
-    for degree in (1, 2):
+    for degree, sizes in ((1, 4), (2, 3)):
         kinds = {(p.tokens, p.tokens_squared, p.rounds) for p in points if p.degree == degree}
-        assert len({tokens for tokens, _, _ in kinds}) == 4
+        assert len({tokens for tokens, _, _ in kinds}) == sizes
         assert len({rounds for _, _, rounds in kinds}) == 3
-        full = {squared for tokens, squared, _ in kinds if tokens == 512 * degree}
-        assert max(full) > 5 * min(full), "one long sequence against many short ones"
+        half = {squared for tokens, squared, _ in kinds if tokens == 256 * degree}
+        assert max(half) > 5 * min(half), "one long sequence against many short ones"
