@@ -11,6 +11,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""All but cuDNN's, which newer versions of PyTorch prefer on Hopper and Blackwell: it is compiled anew for every length
+that comes, of which documents have thousands, and what was compiled is kept for ever."""
 
 
 def packed_causal_attention(
@@ -48,10 +53,11 @@ def packed_causal_attention(
     # split(), not slicing: its backward is one concatenation, not a pack-sized tensor of zeros for each.
     segments = zip(*(x.split(tuple(segment_lengths)) for x in (q_ThD, k_TgD, v_TgD)), strict=True)
     outputs = []
-    for segment in segments:
-        q_1hsD, k_1gsD, v_1gsD = (x.transpose(0, 1).unsqueeze(0) for x in segment)
-        out_1hsD = F.scaled_dot_product_attention(
-            q_1hsD, k_1gsD, v_1gsD, dropout_p=dropout, is_causal=True, scale=softmax_scale, enable_gqa=grouped
-        )
-        outputs.append(out_1hsD.squeeze(0).transpose(0, 1))
+    with sdpa_kernel(_KERNELS):
+        for segment in segments:
+            q_1hsD, k_1gsD, v_1gsD = (x.transpose(0, 1).unsqueeze(0) for x in segment)
+            out_1hsD = F.scaled_dot_product_attention(
+                q_1hsD, k_1gsD, v_1gsD, dropout_p=dropout, is_causal=True, scale=softmax_scale, enable_gqa=grouped
+            )
+            outputs.append(out_1hsD.squeeze(0).transpose(0, 1))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

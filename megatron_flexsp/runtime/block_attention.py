@@ -35,8 +35,11 @@ class Segments:
 
     @cached_property
     def longest_q(self) -> int:
-        """Tokens of the longest stretch of queries."""
-        return max(self.q_lengths)
+        """What a GPU's kernel is told of the longest stretch of queries: its tokens, but 2 at least.
+
+        At 1 the kernel takes for granted that every stretch has one query, and none of them none.
+        """
+        return max(2, *self.q_lengths)
 
     @cached_property
     def longest_k(self) -> int:
