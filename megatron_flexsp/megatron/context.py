@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.estimate import estimate_cost_model
+from megatron_flexsp.megatron.experts import adds_up_over_groups
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import CostModel, first_ranks
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
@@ -50,14 +51,17 @@ class Context:
     """Plans in a process of its own; on the planning rank only."""
 
 
-def load_cost_model(args: argparse.Namespace, settings: Settings) -> CostModel:
-    """The measured cost model, or an estimate that says that it is one."""
+def load_cost_model(args: argparse.Namespace, settings: Settings, hosts: Hosts) -> CostModel:
+    """The measured cost model, or an estimate that says that it is one. Collective: all ranks have the same."""
     if settings.cost_model is not None:
         return settings.cost_model
     gpu = None
     if not on_cpu():
+        # Nodes can differ by some megabytes, and with them the tokens that a rank is taken to hold.
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        gpu = (properties.major, properties.total_memory)
+        least = torch.tensor([properties.major, properties.total_memory], dtype=torch.int64)
+        hosts.all_reduce(least, dist.ReduceOp.MIN)
+        gpu = (int(least[0]), int(least[1]))
     return estimate_cost_model(
         args,
         settings.degrees,
@@ -82,14 +86,14 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     FlexSPError
         Where no group can hold the longest sequence.
     """
-    cost_model = load_cost_model(args, settings)
-    capacity = token_capacity(settings, cost_model)
-    narrowest = narrowest_degree(settings, capacity, longest, longest_in)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    domain_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     hosts = Hosts(
         lambda ranks: parallel_state.create_group(ranks, timeout=timeout, backend="gloo", group_desc="FLEXSP_HOSTS")
     )
+    cost_model = load_cost_model(args, settings, hosts)
+    capacity = token_capacity(settings, cost_model)
+    narrowest = narrowest_degree(settings, capacity, longest, longest_in)
+    domain_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     is_static = settings.schedule == "static" and settings.profile is None
     used = (narrowest,) if is_static else settings.degrees
     groups = GroupPool(
@@ -106,7 +110,7 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     device = torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
     if any(ring_size_of(degree, settings.query_heads) > 1 for degree in used):
         check_block_attention(device, args.params_dtype, args.kv_channels)
-    groups.warm_up(device)
+    groups.warm_up(device, adds_up=adds_up_over_groups(args))
     channel = PlanChannel(hosts)
     request = plan_request(settings, cost_model, capacity, narrowest)
     return Context(

@@ -15,7 +15,7 @@ from megatron_flexsp.planner import CostModel
 from megatron_flexsp.runtime import ring_size_of
 
 # Operations a second that training reaches on a device, not its peak.
-_GPU_FLOPS_BY_CAPABILITY = {7: 50e12, 8: 140e12, 9: 400e12, 10: 800e12}
+_GPU_FLOPS_BY_CAPABILITY = {7: 50e12, 8: 140e12, 9: 400e12, 10: 800e12, 12: 200e12}
 _CPU_FLOPS = 5e9
 _NODE_BYTES_PER_SECOND, _NETWORK_BYTES_PER_SECOND, _CPU_BYTES_PER_SECOND = 150e9, 20e9, 0.5e9
 _GPU_COLLECTIVE_SECONDS, _CPU_COLLECTIVE_SECONDS_PER_RANK = 30e-6, 2.2e-3

@@ -26,6 +26,14 @@ def why_rounds(args: argparse.Namespace) -> str | None:
     return None
 
 
+def adds_up_over_groups(args: argparse.Namespace) -> bool:
+    """Whether routers add up over a pack's own group: those losses do that are taken over more than a token."""
+    chosen = args.moe_router_load_balancing_type
+    return bool(args.num_experts) and bool(
+        {"aux_loss", "seq_aux_loss"} & set([chosen] if isinstance(chosen, str) else chosen)
+    )
+
+
 def routed_layers(args: argparse.Namespace) -> int:
     """How many layers have experts."""
     if not args.num_experts:

@@ -146,11 +146,16 @@ class GroupPool:
         """The group of a block that this rank is a member of."""
         return self._groups[first_rank, degree]
 
-    def warm_up(self, device: torch.device | str) -> None:
-        """Use every group once, widest first, so that no connection is set up in mid-training."""
+    def warm_up(self, device: torch.device | str, adds_up: bool = False) -> None:
+        """Use every group once, widest first, so that no connection is set up, and no memory taken, in mid-training.
+
+        ``adds_up`` says that sums over groups will be asked for, which have connections and buffers of their own.
+        """
         for _, group in sorted(self._groups.items(), key=lambda item: (-item[0][1], item[0][0])):
             if group.process_group is not None:
                 probe = torch.zeros(group.block_size, device=device)
                 group.exchange_in_block(probe)
                 if group.ring_size > 1:
                     group.pass_on(probe).wait()
+                if adds_up:
+                    dist.all_reduce(probe, group=group.process_group)

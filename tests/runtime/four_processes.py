@@ -81,7 +81,7 @@ def pool(domains: list[list[int]], degrees: tuple[int, ...]) -> tuple[GroupPool,
         domain_group=next(group for group, domain in zip(whole, domains, strict=True) if dist.get_rank() in domain),
         query_heads=2,
     )
-    made.warm_up("cpu")
+    made.warm_up("cpu", adds_up=True)
     return made, created
 
 
