@@ -343,6 +343,13 @@ JOB_REFUSALS = (
         applies=lambda args: not getattr(args, "align_grad_reduce", True),
     ),
     Refusal(
+        flags=("--fine-grained-activation-offloading",),
+        subject="--fine-grained-activation-offloading",
+        reason="it takes every step's micro-batches for as many, and as long, as those of the first",
+        remedy="Recompute activations, or lower --flexsp-max-tokens-per-rank",
+        applies=lambda args: getattr(args, "fine_grained_activation_offloading", False),
+    ),
+    Refusal(
         flags=("--iterations-to-skip",),
         subject="--iterations-to-skip",
         reason="it is not supported",

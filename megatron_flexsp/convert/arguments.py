@@ -130,6 +130,7 @@ KNOWN = {
     "--inprocess-restart": _Known("inprocess_restart"),
     "--no-align-grad-reduce": _Known("align_grad_reduce", "off", True),
     "--disable-align-grad-reduce": _Known("align_grad_reduce", "off", True),
+    "--fine-grained-activation-offloading": _Known("fine_grained_activation_offloading"),
     "--iterations-to-skip": _Known("iterations_to_skip", "list", []),
     "--full-validation": _Known("full_validation"),
     "--multiple-validation-sets": _Known("multiple_validation_sets"),

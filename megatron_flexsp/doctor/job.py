@@ -154,7 +154,7 @@ def _examine_flags(args: argparse.Namespace, request: Request) -> Iterator[Findi
         remedy = refusal.remedy or "take it out, or train without --flexsp"
         yield error("flags", f"{refusal.subject}: {refusal.reason}", remedy)
     if args.transformer_impl == "transformer_engine" and not request.cpu:
-        for message in arguments.transformer_engine_refusals():
+        for message in arguments.transformer_engine_refusals(args):
             subject, _, remedy = message.partition(". ")
             yield error("flags", subject, remedy)
             clean = False
@@ -179,7 +179,8 @@ def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, N
     except FlexSPError as problem:
         yield error("shape", str(problem), "correct it: FlexSP refuses to start")
         return None
-    if "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
+    # Megatron-FSDP refuses what the others ask for.
+    if "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ and not getattr(args, "use_megatron_fsdp", False):
         if args.tensor_model_parallel_size > 1 and request.gpu_capability[0] < 10 and not request.cpu:
             yield warning(
                 "environment",

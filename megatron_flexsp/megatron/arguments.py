@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 
 from megatron_flexsp.compatibility import refusals
@@ -11,6 +12,9 @@ from megatron_flexsp.megatron import precision, rounds
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
 from megatron_flexsp.runtime import ring_size_of
 from megatron_flexsp.tried import OLDEST_TRANSFORMER_ENGINE
+
+_SINKS_TRANSFORMER_ENGINE, _SINKS_CUDNN = (2, 12), (9, 18)
+"""The first that attend over packs with another softmax than the usual one."""
 
 OVERLONG = ("split", "truncate", "drop", "error")
 
@@ -153,8 +157,8 @@ class Settings:
     """Micro-batches whose activations the first pipeline stage holds at once."""
 
 
-def transformer_engine_refusals() -> list[str]:
-    """A message if Transformer Engine can't be used as it is installed."""
+def transformer_engine_refusals(args: argparse.Namespace) -> list[str]:
+    """Messages if Transformer Engine can't be used as it is installed."""
     # Imported here: the others read arguments alone.
     from megatron.core.utils import get_te_version
 
@@ -167,14 +171,34 @@ def transformer_engine_refusals() -> list[str]:
     if found.release < OLDEST_TRANSFORMER_ENGINE:
         oldest = ".".join(map(str, OLDEST_TRANSFORMER_ENGINE))
         return [f"Transformer Engine {found}: {oldest} or newer is needed. Upgrade it, or set --transformer-impl local"]
+    softmax = getattr(args, "softmax_type", "vanilla")
+    if softmax == "vanilla":
+        return []
+    if found.release < _SINKS_TRANSFORMER_ENGINE:
+        oldest = ".".join(map(str, _SINKS_TRANSFORMER_ENGINE))
+        return [f"--softmax-type {softmax}: Transformer Engine {found} has no kernel of it for packs. {oldest} has"]
+    cudnn = None if os.environ.get("FLEXSP_DEVICE") == "cpu" else _cudnn_version()
+    if cudnn is not None and cudnn < _SINKS_CUDNN:
+        return [
+            f"--softmax-type {softmax}: cuDNN {cudnn[0]}.{cudnn[1]} has no kernel of it for packs, so that Transformer "
+            f"Engine would hold every sequence's square of scores. Install cuDNN {_SINKS_CUDNN[0]}.{_SINKS_CUDNN[1]}"
+        ]
     return []
+
+
+def _cudnn_version() -> tuple[int, int] | None:
+    """Of the library that PyTorch finds, and Transformer Engine with it."""
+    import torch  # here, as above
+
+    number = torch.backends.cudnn.version()
+    return None if number is None else (number // 10_000, number // 100 % 100)
 
 
 def check_compatibility(args: argparse.Namespace) -> None:
     """Refuse, in one message, every flag of the job that FlexSP can't be combined with."""
     messages = [refusal.message for refusal in refusals(args)]
     if args.transformer_impl == "transformer_engine":
-        messages += transformer_engine_refusals()
+        messages += transformer_engine_refusals(args)
     if messages:
         raise FlexSPError("--flexsp can't be combined with\n  - " + "\n  - ".join(messages))
 

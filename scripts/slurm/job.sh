@@ -94,7 +94,8 @@ _flexsp_settings() {
     #
     # Megatron asks for one hardware queue with tensor parallelism before Blackwell: kernels then begin in the order
     # in which they were launched, so that a transfer is never kept waiting behind the computation it overlaps with.
-    export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+    # Megatron-FSDP refuses to run with it.
+    _flexsp_has --use-megatron-fsdp "$@" || export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
     # Every size of group is a communicator of its own, and NVLink SHARP reserves GPU memory for each of them.
     export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
     # A wrong interface or a broken link is then named in the rank's log, and not only a time-out.
@@ -159,7 +160,7 @@ _flexsp_run() {
     # One run; its exit status in flexsp_status. flexsp_signalled is set if the time limit came near, and the file
     # stopped-by-slurm is beside the logs if SLURM ended the step.
     local torchrun console step container=()
-    _flexsp_settings
+    _flexsp_settings "$@"
     export FLEXSP_RANK_LOGS=$flexsp_logs/$flexsp_restart
     # The first and the last rank are those that Megatron speaks through.
     console=0

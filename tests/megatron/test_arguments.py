@@ -62,6 +62,7 @@ class TestCompatibility:
             ("--eod-mask-loss", "--eod-mask-loss"),
             ("--tp-comm-overlap", "--tp-comm-overlap"),
             ("--multiple-validation-sets", "--multiple-validation-sets without --full-validation"),
+            ("--fine-grained-activation-offloading", "--fine-grained-activation-offloading"),
             ("--iterations-to-skip 3", "--iterations-to-skip"),
         ],
     )
@@ -74,12 +75,22 @@ class TestCompatibility:
     ) -> None:
         # The last of two: the job has one already.
         args = parse("--transformer-impl transformer_engine --window-size 4,0 --softmax-type learnable")
-        for version, reason in (("0.0.0", "can't be imported. Install it"), ("2.7.1", "2.8 or newer is needed")):
+        for version, reason in (
+            ("0.0.0", "can't be imported. Install it"),
+            ("2.7.1", "2.8 or newer is needed"),
+            ("2.11.0", r"--softmax-type learnable: Transformer Engine 2\.11\.0 has no kernel of it for packs"),
+        ):
             monkeypatch.setattr("megatron.core.utils.get_te_version", lambda version=version: Version(version))
             with pytest.raises(FlexSPError, match=reason) as refusal:
                 check_compatibility(args)
             assert str(refusal.value).count("\n  - ") == 1
         monkeypatch.setattr("megatron.core.utils.get_te_version", lambda: Version("2.8.0"))
+        check_compatibility(parse("--transformer-impl transformer_engine --window-size 4,0"))
+        monkeypatch.setattr("megatron.core.utils.get_te_version", lambda: Version("2.12.0"))
+        monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91701)
+        with pytest.raises(FlexSPError, match=r"--softmax-type learnable: cuDNN 9\.17 has no kernel"):
+            check_compatibility(args)
+        monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91800)
         check_compatibility(args)
 
     def test_the_loss_of_each_token_must_weigh_the_same(self, parse: Parse) -> None:

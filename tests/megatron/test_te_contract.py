@@ -104,6 +104,13 @@ def test_the_softmax_offset_is_read_at_each_call(release: Release) -> None:
     assert len(uses(forward, "softmax_offset")) == 2
 
 
+def test_packs_have_attention_sinks_from_the_versions_that_are_asked_for(release: Release) -> None:
+    backend = ast.unparse(release.function("pytorch/attention/dot_product_attention/utils.py", "get_attention_backend"))
+    version = tuple(map(int, release.wheel.name.split("-")[1].split(".")))
+    assert ("qkv_format == 'thd' and cudnn_version < (9, 18, 0)" in backend) == (version >= (2, 12))
+    assert ("Disabling FusedAttention for softmax_type = %s and qkv_format = thd" in backend) == (version < (2, 12))
+
+
 def test_lengths_are_asked_of_the_device_only_where_they_are_not_given(release: Release) -> None:
     forward = release.function(ATTENTION, "DotProductAttention.forward")
     asked = [node for node in ast.walk(forward) if isinstance(node, ast.If) and calls(node, "item")]
