@@ -119,6 +119,30 @@ def reset_peak_memory_stats(device: Any = None) -> None:
     """There is no peak."""
 
 
+@replaces(torch.cuda)
+def temperature(device: Any = None) -> int:
+    """Megatron's --log-straggler asks for it, and for the three below: there is no sensor."""
+    return 0
+
+
+@replaces(torch.cuda)
+def power_draw(device: Any = None) -> int:
+    """See `temperature`."""
+    return 0
+
+
+@replaces(torch.cuda)
+def utilization(device: Any = None) -> int:
+    """See `temperature`."""
+    return 0
+
+
+@replaces(torch.cuda)
+def clock_rate(device: Any = None) -> int:
+    """See `temperature`."""
+    return 0
+
+
 @replaces(torch.cuda.nvtx)
 def range_push(message: str) -> None:
     """A build of PyTorch without CUDA raises here."""

@@ -15,6 +15,7 @@ import torch
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.utils import StragglerDetector
 from megatron.training import get_args, get_timers, print_rank_0
 from megatron.training import training as megatron_training
 from numpy.typing import NDArray
@@ -199,7 +200,9 @@ class FlexSPTraining:
                     bounds.append(bounds[-1] + length)
         if len(bounds) == 1:
             bounds.append(0)  # every rank must report, or the sum over the ranks hangs
-        megatron_training.update_seqlen_stats_from_cu_seqlens(torch.tensor(bounds, dtype=torch.int32))
+        counted = torch.tensor(bounds, dtype=torch.int32)
+        # From pinned memory, so that the host doesn't wait for what the device still has to do of the step before.
+        megatron_training.update_seqlen_stats_from_cu_seqlens(counted if on_cpu() else _on_device(counted.pin_memory()))
 
     def _forward_step(
         self, script_loss: Callable[..., Any], data_iterator: Iterator[LocalMicroBatch], model: Any
@@ -221,7 +224,9 @@ class FlexSPTraining:
         timers("batch-generator").stop()
         micro_batches_expected = num_microbatches_calculator.get_num_microbatches()
         pack = RoutedPack(params, self._batch_tokens, self._settings.domain_size, micro_batches_expected)
-        with routed(pack), nullcontext() if self._tracer is None else self._tracer.forward(item):
+        # As in Megatron's own forward step: --log-straggler divides by the time that it sees here.
+        watched = StragglerDetector()
+        with routed(pack), watched, nullcontext() if self._tracer is None else self._tracer.forward(item):
             output = model(
                 None if tokens is None else tokens.unsqueeze(0),
                 positions.unsqueeze(0),
