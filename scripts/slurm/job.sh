@@ -96,12 +96,14 @@ _flexsp_settings() {
     # in which they were launched, so that a transfer is never kept waiting behind the computation it overlaps with.
     # Megatron-FSDP refuses to run with it.
     _flexsp_has --use-megatron-fsdp "$@" || export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-    # Every size of group is a communicator of its own, and NVLink SHARP reserves GPU memory for each of them.
-    export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
     # A wrong interface or a broken link is then named in the rank's log, and not only a time-out.
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-    # Micro-batches differ in their tokens from one to the next, which fragments the memory that PyTorch keeps.
-    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+    if ! _flexsp_has --use-nccl-ub "$@"; then # whose buffers want NVLink SHARP, and refuse expandable segments
+        # Every size of group is a communicator of its own, and NVLink SHARP reserves GPU memory for each of them.
+        export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0}
+        # Micro-batches differ in their tokens from one to the next, which fragments the memory that PyTorch keeps.
+        export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+    fi
     # Files hold what a rank said last, also when it is killed.
     export PYTHONUNBUFFERED=1
     export PYTHONPATH=$flexsp_root${PYTHONPATH:+:$PYTHONPATH}
