@@ -1,9 +1,11 @@
 """Run by the tests in four processes: every case of attention over a group, and the groups that a pool makes.
 
-Each rank writes what it saw to ``rank<r>.json`` in the folder that is the only argument.
+Each rank writes what it saw to ``rank<r>.json`` in the folder that is the first argument. ``cuda`` after it puts
+groups and attention on four GPUs.
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -31,10 +33,13 @@ from tests.runtime.cases import CASES, Case
 from tests.runtime.dense import dense_attention
 
 WIDTH, SCALE = 8, 0.4
+DEVICE = torch.device(*(("cuda", int(os.environ["LOCAL_RANK"])) if sys.argv[2:] == ["cuda"] else ("cpu",)))
 
 
 def main() -> None:
-    dist.init_process_group("gloo")
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group("gloo" if DEVICE.type == "cpu" else "cpu:gloo,cuda:nccl")
     rank = dist.get_rank()
     one_domain, created = pool([[0, 1, 2, 3]], degrees=(1, 2, 4))
     seen: dict[str, Any] = {"one domain": described(one_domain, created)}
@@ -81,7 +86,7 @@ def pool(domains: list[list[int]], degrees: tuple[int, ...]) -> tuple[GroupPool,
         domain_group=next(group for group, domain in zip(whole, domains, strict=True) if dist.get_rank() in domain),
         query_heads=2,
     )
-    made.warm_up("cpu", adds_up=True)
+    made.warm_up(DEVICE, adds_up=True)
     return made, created
 
 
@@ -118,7 +123,8 @@ def differences(case: Case, made: GroupPool, three: dist.ProcessGroup) -> dict[s
         group = made.group(rank // case.degree * case.degree, case.degree)
         group = replace(group, ring_size=ring_size)
     layout = PackLayout(case.lengths, case.degree, group.member, case.slice_multiple, ring_size)
-    dtype = getattr(torch, case.dtype)
+    # A GPU's kernels for rings work in 16 bits alone.
+    dtype = torch.bfloat16 if ring_size > 1 and DEVICE.type == "cuda" else getattr(torch, case.dtype)
     torch.manual_seed(5)
     heads = (case.heads, case.key_value_heads, case.key_value_heads, case.heads)
     q, k, v, weight = (torch.randn(layout.total_tokens, count, WIDTH).to(dtype) for count in heads)
@@ -129,12 +135,14 @@ def differences(case: Case, made: GroupPool, three: dist.ProcessGroup) -> dict[s
     begins = [sum(case.lengths[:sequence]) for sequence in range(len(case.lengths))]
     here = [begins[piece.sequence] + at for piece in layout.pieces for at in range(piece.start, piece.stop)]
     # What lies in the padding must not matter to the sequences.
-    parts = [laid_out(padded(x[here], layout.slice_tokens), case.transposed) for x in (q, k, v, weight)]
+    parts = [laid_out(padded(x[here], layout.slice_tokens).to(DEVICE), case.transposed) for x in (q, k, v, weight)]
     kernel: Kernel
     if ring_size == 1:
         kernel = partial(packed_causal_attention, segment_lengths=layout.segment_lengths, softmax_scale=SCALE)
     else:
-        kernel = partial(ring_attention, schedule=RingSchedule.of(layout), group=group, softmax_scale=SCALE)
+        schedule = RingSchedule.of(layout)
+        schedule = schedule.with_table(schedule.table.to(DEVICE))
+        kernel = partial(ring_attention, schedule=schedule, group=group, softmax_scale=SCALE)
     inputs = [x.requires_grad_() for x in parts[:3]]
     out = ulysses_attention(*inputs, group, kernel)
     found = [out, *torch.autograd.grad(out, inputs, parts[3])]
@@ -142,7 +150,7 @@ def differences(case: Case, made: GroupPool, three: dist.ProcessGroup) -> dict[s
     shares = {}
     for name, mine, all_of_it in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
         largest = max(float(all_of_it.detach().abs().max()), 0.1)  # the query of a single token has no gradient
-        distances = (mine.detach()[: len(here)].float() - all_of_it.detach()[here]).abs()
+        distances = (mine.detach()[: len(here)].float().cpu() - all_of_it.detach()[here]).abs()
         shares[name] = float(distances.max()) / largest if here else 0.0
     return shares
 
