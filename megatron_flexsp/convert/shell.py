@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_flexsp.convert.shell_expand import (
-    expand_words,
-)
+from megatron_flexsp.convert.shell_expand import expand
 from megatron_flexsp.convert.shell_flow import Flow
 from megatron_flexsp.convert.shell_source import NestedSource, Source
 from megatron_flexsp.convert.shell_values import (
+    Break,
     Choice,
     Condition,
     Part,
@@ -21,6 +20,9 @@ from megatron_flexsp.convert.shell_values import (
     Value,
     Variable,
     Word,
+    alternatives,
+    likely,
+    words,
 )
 from megatron_flexsp.convert.text import MAIN_FILE
 
@@ -108,11 +110,26 @@ class _Reader(Flow):
             if child.type in ("heredoc_redirect", "file_redirect", "herestring_redirect"):
                 continue
             nodes.append(child)
-        words = expand_words(source, nodes, self._scope)
+        line = source.line(node.start_byte)
+        parts: list[Part | Break] = []
+        for child in nodes:
+            parts += [Break(), *expand(source, child, self._scope)]
+        # A variable that holds the whole command, and another one under each condition.
+        ways = alternatives(parts, _starts_script)
+        if len(ways) == 1:
+            return self._run_words(words(parts), line)
+        outer = self._conditions
+        for way, conditions in ways:
+            self._conditions = (*outer, *conditions)
+            self._run_words(words(way), line)
+        self._conditions = outer
+        return False
+
+    def _run_words(self, words: list[Word], line: int) -> bool:
+        """Run a command after all expansions; whether the script ends there."""
         if not words:
             return False
         name = words[0].text or ""
-        line = source.line(node.start_byte)
         if name in ("exit", "return", "exec") and len(words) <= 2 and name != "exec":
             return True
         if name in self._functions and self._depth < _DEEPEST:
@@ -163,7 +180,11 @@ class _Reader(Flow):
         if self._depth >= _DEEPEST or not (_SCRIPT_IN_TEXT.search(pattern) or "$" in pattern):
             return
         self._depth += 1
-        self.run_source(NestedSource(parts, line))
+        outer = self._conditions
+        for way, conditions in alternatives(parts, _starts_script):
+            self._conditions = (*outer, *conditions)
+            self.run_source(NestedSource([part for part in way if not isinstance(part, Break)], line))
+        self._conditions = outer
         self._depth -= 1
 
     def _run_file(self, words: Sequence[Word]) -> None:
@@ -189,6 +210,13 @@ def _without_option(parts: Value) -> Value:
     if match is None or not isinstance(first, Piece):
         return parts
     return (first.cut(match.end(), len(first.text or "")), *parts[1:])
+
+
+def _starts_script(value: Value) -> bool:
+    """Whether a value has the beginning of a training command in it."""
+    inner = [option.value for part in value if isinstance(part, Choice) for option in part.options]
+    pattern = "".join("\0" if piece.text is None else piece.text for piece in likely(value))
+    return _SCRIPT_IN_TEXT.search(pattern) is not None or any(map(_starts_script, inner))
 
 
 def _joined(words: Sequence[Word]) -> Value:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from megatron_flexsp.convert.shell_values import Choice, Part, Piece, Value
+from megatron_flexsp.convert.shell_values import Choice, Part, Piece, Value, possible_texts, within
 from megatron_flexsp.convert.text import MAIN_FILE, Span, line_of
 from megatron_flexsp.errors import FlexSPError
 
@@ -70,7 +71,10 @@ class NestedSource(Source):
             if low >= high:
                 continue
             if isinstance(part, Choice):
-                cut.append(replace(part, quoted=False))
+                # Its options are text of this shell's; one with quotes of its own can't be read, and stays one word.
+                texts = [text for option in part.options for text in possible_texts(option.value)]
+                parts_words = not any(text is not None and re.search(r"[\"'\\]", text) for text in texts)
+                cut += within((part,), (), quoted=False) if parts_words else (replace(part, quoted=False),)
             elif part.text is None:
                 cut.append(part)
             else:

@@ -8,13 +8,16 @@ it came through: the word of the command that is run, the variable's expansion t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_flexsp.convert.text import Span
 
 _QUOTES_BETWEEN = 2
 """Bytes that may stand between two parts of a word: where one quotation ends and another begins."""
+
+_MOST_ALTERNATIVES = 64
+"""Commands that one line may become by the conditions before it."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,8 @@ def _identity(part: Part) -> object:
     """Equal for the same letters of the text, by whatever way they came."""
     if isinstance(part, Choice):
         return tuple(tuple(map(_identity, option.value)) for option in part.options)
+    if part.text == " " and not part.exact:
+        return " "  # between two elements of an array: no letter of the text
     return part.text, part.chain[-1:]
 
 
@@ -313,6 +318,24 @@ class _Splitter:
                 self.take(part)
             self.end_word()
         self._conditions = outer
+
+
+def alternatives(
+    parts: Sequence[Part | Break], matters: Callable[[Value], bool]
+) -> list[tuple[list[Part | Break], tuple[Condition, ...]]]:
+    """A row of parts for each option of those choices that matter, with what must hold for it."""
+    for place, part in enumerate(parts):
+        if not isinstance(part, Choice) or not any(matters(option.value) for option in part.options):
+            continue
+        # An option's own parts are quoted as the choice is.
+        ways = [
+            (way, (option.condition, *conditions))
+            for option in part.options
+            for way, conditions in alternatives([*parts[:place], *option.value, *parts[place + 1 :]], matters)
+        ]
+        if len(ways) <= _MOST_ALTERNATIVES:
+            return ways
+    return [(list(parts), ())]
 
 
 def _parts_words(choice: Choice) -> bool:

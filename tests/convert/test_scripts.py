@@ -158,7 +158,7 @@ REFUSED = [
     ("torchrun tools/run_text_generation_server.py --num-layers 2", "nothing to convert: .*server.py"),
     ("echo hello", "nothing to convert: no command that starts"),
     ("torchrun pretrain_gpt.py --num-layers 2 $ARGS", r"--seq-length isn't there to see.*Arguments may be in \$ARGS"),
-    ("torchrun pretrain_gpt.py --seq-length 8 --yaml-cfg x.yaml", "--yaml-cfg: FlexSP reads its flags from"),
+    ("torchrun pretrain_gpt.py --yaml-cfg $A/x.yaml", r"--yaml-cfg: .* `flexsp convert \$A/x.yaml --output arguments"),
     ("M=1\ntorchrun pretrain_gpt.py --seq-length 8 --mtp-num-layers $M", "line 2: --mtp-num-layers"),
     (
         "FP4=1\n[ $FP4 = 1 ] && A=--fp4-format=e2m1\ntorchrun pretrain_gpt.py --seq-length 8 $A",
@@ -187,6 +187,16 @@ FORMS = [
     ("CP=4; [[ $N -gt 1 ]] && CP=8\ntorchrun pretrain_gpt.py $A --context-parallel-size ${CP}", "2048"),
     ("declare -A C=([cp]=4)\ntorchrun pretrain_gpt.py $A --context-parallel-size ${C[cp]}", "2048"),
     ("export O='$A'\nbash -c 'torchrun pretrain_gpt.py $O'", "2048"),
+    (
+        'C="torchrun pretrain_gpt.py $A"\nif [ -n "$W" ]; then C="$C --wandb-project x"; fi\n'
+        'if [ "$N" = yes ]; then C="nsys profile $C --profile"; fi\nbash -c "RANK=\\$R $C"',
+        "2048",
+    ),
+    (
+        'if [[ ${L:-a} == a ]]; then C="torchrun x/pretrain_gpt.py $A"; else C="python x/pretrain_gpt.py $A"; fi\n'
+        'if [[ $P == t ]]; then C+=" --profile"; elif [[ $P == h ]]; then C="prof -d x $C"; fi\n${C}',
+        "2048",
+    ),
     ('SCRIPT=./pretrain_gpt.py\nwhile [ $# -gt 0 ]; do shift; done\ntorchrun "$SCRIPT" $A || exit 1', "2048"),
 ]
 
