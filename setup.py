@@ -58,7 +58,11 @@ setup(
     license_files=["LICENSE"],
     # megatron-core asks for 3.12 as well.
     python_requires=">=3.12",
-    package_data={"megatron_flexsp.planner": ["cost_models/*.json"], "megatron_flexsp.report": ["page.html"]},
+    package_data={
+        "megatron_flexsp.planner": ["cost_models/*.json"],
+        "megatron_flexsp.report": ["page.html"],
+        "megatron_flexsp.convert": ["megatron_flags.txt"],
+    },
     packages=find_packages(include=["megatron_flexsp", "megatron_flexsp.*"]),
     install_requires=BASE,
     extras_require=EXTRAS,

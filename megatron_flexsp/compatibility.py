@@ -75,7 +75,10 @@ JOB_REFUSALS = (
     Refusal(
         flags=("--yaml-cfg",),
         subject="--yaml-cfg",
-        reason="FlexSP reads its flags from the command line; pass Megatron's there too",
+        reason="Megatron ignores the command line beside it, where FlexSP's flags are, and no release from 0.17 on "
+        "starts from such a file",
+        remedy="`flexsp convert FILE --output arguments.txt` writes the file's settings as flags, FlexSP's among them: "
+        "put them in the place of all arguments that the script has now, and -m megatron_flexsp.run before it",
         applies=lambda args: args.yaml_cfg,
     ),
     Refusal(

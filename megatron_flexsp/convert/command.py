@@ -38,9 +38,9 @@ def convert(
     """Make INPUT, a Megatron launch of static groups, one of FlexSP.
 
     INPUT is a bash script (.sh, sbatch), a YAML file with a map or list of Megatron's arguments or with such a script
-    in it, or a plain list of arguments. It is read, never run, and keeps its order, comments and quoting. The
-    converted text goes to --output or is printed; why each change was made goes to stderr. What FlexSP can't be
-    combined with is named, and then nothing is written and the exit code is 2.
+    in it, a plain list of arguments, or a file for --yaml-cfg, which becomes such a list. It is read, never run, and
+    keeps its order, comments and quoting. The converted text goes to --output or is printed; why each change was made
+    goes to stderr. What FlexSP can't be combined with is named, and then nothing is written and the exit code is 2.
 
     \b
     flexsp convert train.sh --diff
@@ -60,6 +60,8 @@ def convert(
         for problem in refusal.problems:
             click.echo(f"  - {problem}", err=True)
         sys.exit(2)
+    if result.as_list and output is not None and output.suffix in (".yaml", ".yml"):
+        raise FlexSPError(f"--output {output}: a list of arguments is no YAML; call it {output.with_suffix('.txt')}")
     _explain(path, result.reasons, result.notes)
     if check:
         return

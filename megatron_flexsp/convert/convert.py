@@ -29,7 +29,7 @@ def convert_file(data: bytes, path: Path, wishes: Wishes) -> Result:
     front_end = _front_end(data, path)
     result = front_end(data, path, wishes)
     if result.data != data:
-        _check(front_end, result, path, wishes)
+        _check(plain.convert_plain if result.as_list else front_end, result, path, wishes)
     return result
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,29 @@ _BEFORE = b"A=(\n"
 
 def convert_plain(data: bytes, path: Path, wishes: Wishes) -> Result:
     """An argument list's FlexSP version; the same contract as that of the other front ends."""
-    launch = read_list(data)
+    return convert_list(data, wishes)
+
+
+def convert_list(
+    data: bytes, wishes: Wishes, lines: Mapping[int, int] | None = None, begin: int | None = None
+) -> Result:
+    """The same, of a list whose lines came from those of another file; new flags go to ``begin``, a line's start."""
+    launch = read_list(data, lines)
     decision = decide(launch.job, wishes)
     if decision.problems:
         raise Unconvertible(decision.problems)
     try:
-        edits = ListEdits(launch, _BEFORE + data).edits(decision.changes)
+        place = None if begin is None else len(_BEFORE) + begin
+        edits = ListEdits(launch, _BEFORE + data, place).edits(decision.changes)
     except FlexSPError as error:
         raise Unconvertible([str(error)]) from None
     converted = apply(_BEFORE + data, edits)
     return Result(converted[len(_BEFORE) :], [change.why for change in decision.changes], decision.notes)
 
 
-def read_list(data: bytes) -> Launch:
+def read_list(data: bytes, lines: Mapping[int, int] | None = None) -> Launch:
     """The arguments as a job that something else starts."""
+    origins = lines or {}
     whole = _BEFORE + data
     source = Source(whole + b"\n)\n")
     arrays = [node for node in _nodes(source.tree.root_node) if node.type == "array"]
@@ -47,18 +57,22 @@ def read_list(data: bytes) -> Launch:
     listed = tuple(word for element in elements for word in words(element.value))
     text = CommandText(listed, whole)
     arguments, unseen = read_arguments(text, 0, 1)
-    shifted = tuple(
-        type(argument)(argument.flag, argument.values, argument.line - 1, argument.conditions, argument.place)
-        for argument in arguments
-    )
+    shifted = tuple(replace(argument, line=origins.get(argument.line - 1, argument.line - 1)) for argument in arguments)
     job = Job(shifted, line=1, script=None, launched=True, unseen=tuple(unseen))
     return Launch(job, Command(listed, (), 1, {}), 0, text)
 
 
 class ListEdits(ScriptEdits):
-    """The edits of a list, whose new flags stand before its first."""
+    """The edits of a list, whose new flags stand before its first, or on a line of their own at ``begin``."""
+
+    def __init__(self, launch: Launch, data: bytes, begin: int | None = None) -> None:
+        super().__init__(launch, data)
+        self._begin = begin
 
     def _put_flags(self, flags: str) -> None:
+        if self._begin is not None:
+            self._edits.append(Edit(self._begin, self._begin, flags.encode() + b"\n"))
+            return
         first = self._own(0, "the first argument")
         before = self._data[self._data.rfind(b"\n", 0, first.start) + 1 : first.start]
         rest = self._data[first.start : self._data.find(b"\n", first.start)]

@@ -20,6 +20,8 @@ class Result:
     """One line for each thing to know that isn't a change."""
     edits: list[Edit] = field(default_factory=list)
     """What was done to the file."""
+    as_list: bool = False
+    """Whether it became a list of arguments, whatever it was."""
 
 
 class Unconvertible(FlexSPError):

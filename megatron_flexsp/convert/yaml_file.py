@@ -17,6 +17,7 @@ from megatron_flexsp.convert.shell_source import NestedSource
 from megatron_flexsp.convert.shell_values import Piece
 from megatron_flexsp.convert.text import Edit, Span, apply, line_of
 from megatron_flexsp.convert.yaml_arguments import ArgumentGroup, ArgumentList, ArgumentMap, NamedArgumentMap, span_of
+from megatron_flexsp.convert.yaml_cfg import convert_yaml_cfg, is_yaml_cfg
 from megatron_flexsp.errors import FlexSPError
 
 _FEWEST_FLAGS = 3
@@ -32,21 +33,12 @@ _NAMES = {
 _GENERATING = {"--num-tokens-to-generate", "--inference-max-requests", "--prompts", "--temperature", "--top_k"}
 """Flags of jobs that generate text."""
 
-_SECTIONS = {"language_model", "model_parallel"}
-"""What the files for Megatron's ``--yaml-cfg`` are divided into."""
-
 
 def convert_yaml(data: bytes, path: Path, wishes: Wishes) -> Result:
     """A YAML file's FlexSP version; the same contract as that of the other front ends."""
     root = _composed(data, path)
-    if root is not None and root.id == "mapping" and {key.value for key, _ in root.value} >= _SECTIONS:
-        raise Unconvertible(
-            [
-                "a file for --yaml-cfg: Megatron ignores the command line beside it, where FlexSP's flags are, and "
-                "starts only with a file that has every one of its release's arguments in it. Give the settings as "
-                "flags, then convert the command"
-            ]
-        )
+    if is_yaml_cfg(root):
+        return convert_yaml_cfg(root, data, path, wishes)
     reasons: list[str] = []
     notes: dict[str, None] = {}
     problems: list[str] = []

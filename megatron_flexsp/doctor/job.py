@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron.training import arguments as megatron_arguments
 
-from megatron_flexsp.compatibility import refusals
+from megatron_flexsp.compatibility import JOB_REFUSALS, refusals
 from megatron_flexsp.doctor import checkpoints, data, forecast
 from megatron_flexsp.doctor.findings import Finding, error, ok, warning
 from megatron_flexsp.doctor.inside import Request, Say
@@ -84,9 +84,8 @@ def _parsed(request: Request) -> Generator[Finding, None, argparse.Namespace | N
     """The arguments as Megatron's own parser takes them; None where it refuses them."""
     words = list(request.words or ())
     if any(word.split("=")[0] == "--yaml-cfg" for word in words):
-        yield error(
-            "arguments", "--yaml-cfg: FlexSP reads its flags from the command line", "pass Megatron's there too"
-        )
+        entry = next(entry for entry in JOB_REFUSALS if "--yaml-cfg" in entry.flags)
+        yield error("arguments", f"{entry.subject}: {entry.reason}", entry.remedy)
         return None
     if not any(word.split("=")[0] in ("--flexsp", "--flexsp-profile") for word in words):
         yield warning("flexsp", "--flexsp is not among the arguments", "add it; what follows is as if it were there")
