@@ -28,6 +28,7 @@ _NEEDED = {
     "highspy": "pip install {requirement}: the planner's solver",
     "torch": "pip install 'megatron-flexsp[train]', or the build of PyTorch that suits this cluster; {requirement}",
 }
+_CUDNN_PACKAGES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 _NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")
 
 
@@ -41,6 +42,7 @@ def examine_environment(*, cpu: bool) -> Iterator[Finding]:
     yield examine_apex()
     if not cpu:
         yield _nccl()
+        yield from _cudnn()
 
 
 def installed(package: str) -> str | None:
@@ -170,6 +172,23 @@ def _nccl() -> Finding:
         "no nvidia-nccl package and no libnccl.so.2",
         "PyTorch may have one built in: python -c 'import torch; print(torch.cuda.nccl.version())'",
     )
+
+
+def _cudnn() -> Iterator[Finding]:
+    """What Transformer Engine attends with, unless flash-attn is there. A container's own copy has no metadata."""
+    for name in _CUDNN_PACKAGES:
+        version = installed(name)
+        if version is None:
+            continue
+        if _release(version) < (9, 6):
+            yield warning(
+                "cudnn",
+                f"{version} ({name}): before 9.6 it prepares packed attention anew for every shape of a pack",
+                "upgrade it, or install flash-attn and set NVTE_FUSED_ATTN=0",
+            )
+        else:
+            yield ok("cudnn", f"{version} ({name}); not tried yet")
+        return
 
 
 def _spec(module: str) -> importlib.machinery.ModuleSpec | None:

@@ -40,6 +40,13 @@ def test_the_environment_of_the_tests_is_well() -> None:
     assert "nor needed" in findings["transformer-engine"].found
 
 
+@pytest.mark.parametrize(("version", "status"), [("9.5.1.17", "warning"), ("9.6.0.74", "ok")])
+def test_a_cudnn_that_prepares_every_shape_anew_is_named(version: str, status: str, install: Install) -> None:
+    install("nvidia-cudnn-cu13", version)
+    finding = next(finding for finding in examine_environment(cpu=False) if finding.check == "cudnn")
+    assert (finding.status, version in finding.found) == (status, True)
+
+
 @pytest.mark.parametrize(
     ("name", "version", "status", "words"),
     [
