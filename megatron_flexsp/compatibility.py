@@ -401,19 +401,6 @@ EXPERT_REFUSALS = (
         ),
     ),
     Refusal(
-        flags=("--moe-router-load-balancing-type",),
-        subject="--moe-router-load-balancing-type global_aux_loss",
-        reason="it is not tried yet",
-        remedy="Use aux_loss or seq_aux_loss",
-        applies=lambda args: "global_aux_loss" in _balancing(args),
-    ),
-    Refusal(
-        flags=("--pipeline-model-parallel-size",),
-        subject="--num-experts with --pipeline-model-parallel-size > 1",
-        reason="it is not tried yet",
-        applies=lambda args: args.pipeline_model_parallel_size > 1,
-    ),
-    Refusal(
         flags=("--moe-input-jitter-eps",),
         subject="--moe-input-jitter-eps",
         reason="the noise would depend on the plan",

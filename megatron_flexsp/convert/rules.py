@@ -293,5 +293,12 @@ def _note(job: Job, decision: Decision) -> None:
             f"arguments in {', '.join(job.unseen)} can't be seen here; what doesn't go with FlexSP among them is "
             "refused when training starts"
         )
+    balancing = job.last("--moe-router-load-balancing-type")
+    over_all = balancing is not None and any(value.text == "global_aux_loss" for value in balancing.values)
+    if over_all and job.number("--context-parallel-size", 1) != 1:
+        notes.append(
+            "Megatron divides global_aux_loss by the number of data-parallel ranks, to which those of context "
+            "parallelism now belong: multiply its --moe-aux-loss-coeff by the context-parallel size"
+        )
     if job.last("--load") is not None:
         notes.append("a checkpoint of a run without FlexSP goes on; its consumed samples then count documents")

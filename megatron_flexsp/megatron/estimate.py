@@ -57,12 +57,12 @@ def estimate_cost_model(
 
     attention_weights = width * (2 * query_width + 2 * key_value_width)
     matrices = 3 if args.swiglu else 2
-    routed_layers = experts.routed_layers(args) / args.num_layers * layers
+    routed_layers = min(layers, experts.routed_layers_of_a_stage(args))
     dense_weights = (layers - routed_layers) * matrices * width * args.ffn_hidden_size
     # What a token meets, and what lies on a rank.
-    met, held = experts.weights_of_layer(args, matrices)
+    met, held_of_experts, held_beside = experts.weights_of_layer(args, matrices)
     weights = (layers * attention_weights + dense_weights + routed_layers * met + width * vocabulary) / tensor_size
-    held_weights = weights + routed_layers * (held - met / tensor_size)
+    held_weights = weights + routed_layers * (held_beside - met / tensor_size)
     passes = 4 if args.recompute_granularity == "full" else 3
     linear_operations = 2 * passes * weights
     # Two products of a causal half square, forward; twice that backward.
@@ -71,8 +71,15 @@ def estimate_cost_model(
     # Korthikanti et al. (arXiv 2205.05198), table 2, with attention scores never kept.
     kept_per_layer = 2 if args.recompute_granularity == "full" else 34
     shared = tensor_size if args.sequence_parallel or tensor_size == 1 else max(tensor_size / 2, 1)
-    activation_bytes = layers * kept_per_layer * width * bytes_per_value / 2 / shared + 6 * vocabulary / tensor_size
-    state_bytes = held_weights * _state_bytes_per_weight(args)
+    kept_bytes = layers * kept_per_layer * width
+    if args.recompute_granularity != "full":
+        # In the table, 19 of the 34 are a dense layer's second half.
+        kept_bytes += routed_layers * (experts.kept_bytes_of_layer(args, matrices) - 19 * width)
+    activation_bytes = kept_bytes * bytes_per_value / 2 / shared + 6 * vocabulary / tensor_size
+    state_bytes = held_weights * _state_bytes_per_weight(args, args.data_parallel_size)
+    if args.num_experts:
+        expert_bytes = _state_bytes_per_weight(args, experts.optimizer_ranks(args))
+        state_bytes += routed_layers * held_of_experts * expert_bytes
 
     if gpu is None:
         flops, layer_seconds = _CPU_FLOPS, _CPU_LAYER_SECONDS
@@ -102,13 +109,13 @@ def estimate_cost_model(
     )
 
 
-def _state_bytes_per_weight(args: argparse.Namespace) -> float:
-    """Weight in 2 bytes, gradient in 4, the optimizer's copy and moments in 12; less what other ranks hold."""
+def _state_bytes_per_weight(args: argparse.Namespace, ranks: float) -> float:
+    """Weight in 2 bytes, gradient in 4, the optimizer's copy and moments in 12; less what others of the ranks hold."""
     sharded = 12 if args.use_distributed_optimizer else 0
     if getattr(args, "use_megatron_fsdp", False):
         strategies = {"no_shard": 0, "optim": 12, "optim_grads": 16, "optim_grads_params": 18}
         sharded = strategies.get(args.data_parallel_sharding_strategy, 0)
-    return 18 - sharded + sharded / int(args.data_parallel_size)
+    return 18 - sharded + sharded / ranks
 
 
 def with_ring_exchange(cost_model: CostModel, args: argparse.Namespace) -> CostModel:

@@ -10,6 +10,12 @@ def why_rounds(args: argparse.Namespace) -> str | None:
 
     With a tensor-parallel group's experts all inside of that group, a rank exchanges tokens with nobody who may be in
     another micro-batch.
+
+    In a pipeline, experts lie on ranks of one stage. In rounds these run equally many micro-batches, and what Megatron
+    runs next, 1F1B or interleaved, follows from stage and count alone: all of them make the same passes of the same
+    chunks in the same order, recomputation in backward passes included, and none waits for a rank that is elsewhere.
+    Nor can stages wait in a circle: take the micro-batches of a round for one, and every wait is one that a single
+    pipeline has too.
     """
     if not args.num_experts:
         return None
@@ -42,20 +48,52 @@ def routed_layers(args: argparse.Namespace) -> int:
     return sum(every) if isinstance(every, list) else -(-args.num_layers // every)
 
 
-def weights_of_layer(args: argparse.Namespace, matrices: int) -> tuple[float, float]:
-    """Weights that a token meets in a layer with experts, and the part of the layer's weights that lies on a rank.
+def routed_layers_of_a_stage(args: argparse.Namespace) -> int:
+    """How many layers with experts the pipeline stage has that has most of them; stages are taken for equally deep."""
+    if not args.num_experts:
+        return 0
+    stages, every = args.pipeline_model_parallel_size, args.moe_layer_freq
+    chunks = stages * (getattr(args, "virtual_pipeline_model_parallel_size", None) or 1)
+    depth = -(-args.num_layers // chunks)
+    counts = [0] * stages
+    for layer in range(args.num_layers):
+        counts[layer // depth % stages] += every[layer] if isinstance(every, list) else layer % every == 0
+    return max(counts)
+
+
+def weights_of_layer(args: argparse.Namespace, matrices: int) -> tuple[float, float, float]:
+    """Weights that a token meets in a layer with experts; of the layer's experts, and of all else, what a rank holds.
 
     ``matrices`` is how many an expert has.
     """
     if not args.num_experts:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0
     width, tensor_size = args.hidden_size, args.tensor_model_parallel_size
     expert = matrices * width * (args.moe_ffn_hidden_size or args.ffn_hidden_size)
     shared = matrices * width * (args.moe_shared_expert_intermediate_size or 0)
     router = width * args.num_experts
     ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tensor_size)
     met = args.moe_router_topk * expert + shared + router
-    return met, args.num_experts * expert / ranks + shared / tensor_size + router
+    return met, args.num_experts * expert / ranks, shared / tensor_size + router
+
+
+def optimizer_ranks(args: argparse.Namespace) -> float:
+    """Ranks with the same experts, over which the distributed optimizer shares their state."""
+    tensor_size = args.tensor_model_parallel_size
+    ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tensor_size)
+    return max(1.0, args.data_parallel_size * tensor_size / ranks)
+
+
+def kept_bytes_of_layer(args: argparse.Namespace, matrices: int) -> float:
+    """Bytes that the experts of a layer keep of a token for the backward pass, at 16 bits, tensor parallelism aside.
+
+    A token goes to several experts: each keeps what came in, what its activation takes and gives, and what goes out.
+    """
+    if not args.num_experts:
+        return 0.0
+    width, inner = args.hidden_size, args.moe_ffn_hidden_size or args.ffn_hidden_size
+    routed = args.moe_router_topk * (2 * width + matrices * inner)
+    return 2.0 * (width + routed + matrices * (args.moe_shared_expert_intermediate_size or 0))
 
 
 def token_dispatcher(args: argparse.Namespace) -> str:

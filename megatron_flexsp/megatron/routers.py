@@ -8,6 +8,9 @@ The losses are Megatron's own (``moe_utils.switch_load_balancing_loss_func``) wi
 ``--calculate-per-token-loss`` gives them: what a loss is taken over weighs as much as it has tokens. Summed over the
 global batch, ``seq_aux_loss`` and the z-loss then don't depend on the plan. ``aux_loss`` is taken over a pack and
 ``global_aux_loss`` over the micro-batches that all ranks have run so far in the step, so these two do.
+
+In a pipeline other micro-batches' forward passes come between one's own forward and backward. A router knows its pack
+from the forward step that it runs in, and recomputation, wherever it happens, from the pass that it repeats.
 """
 
 from __future__ import annotations
@@ -213,8 +216,9 @@ def _global_aux_loss(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``_apply_global_aux_loss``: shares of the experts among all tokens that were routed so far in this step.
 
     Megatron takes the mean of the micro-batches' counts; with micro-batches of unequal size their sum over the sum of
-    their tokens is meant. Collective over all ranks, and so for the lockstep schedule only. As in Megatron, each
-    micro-batch's loss counts 1 / data-parallel size.
+    their tokens is meant. It can't be the whole step's: early micro-batches go backward before late ones are routed.
+    Collective over all data-parallel ranks of a pipeline stage, and so for the lockstep schedule only. As in Megatron,
+    each micro-batch's loss counts 1 / data-parallel size.
     """
 
     def apply_global_aux_loss(

@@ -243,6 +243,17 @@ def test_a_branch_that_is_not_taken_is_converted_and_named_but_does_not_refuse(c
     assert "--context-parallel-size" not in call.flags
 
 
+def test_a_loss_that_is_divided_by_more_ranks_than_before_is_noted() -> None:
+    def noted(more: str) -> bool:
+        script = f"torchrun pretrain_gpt.py --num-layers 2 --seq-length 8 --lr 1 --num-experts 8 {more}"
+        return any("multiply its --moe-aux-loss-coeff" in note for note in converted(script.encode()).notes)
+
+    balancing = "--moe-router-load-balancing-type seq_aux_loss global_aux_loss"
+    assert noted(f"{balancing} --context-parallel-size 2")
+    assert not noted(balancing)
+    assert not noted("--context-parallel-size 2")
+
+
 def test_an_argument_of_another_file_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "common.sh").write_text("ARGS='--num-layers 2 --seq-length 64 --lr 1 --context-parallel-size 2'\n")
     script = tmp_path / "train.sh"

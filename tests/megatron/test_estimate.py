@@ -38,3 +38,24 @@ def test_a_ring_pays_for_the_keys_and_values_that_it_passes_on() -> None:
     assert exchange_seconds(32) == pytest.approx((exchange_bytes_per_token(args) / 32 + passed * 3 / 4) / network)
     # Eight ranks share the heads: no ring.
     assert model.exchange_bandwidth_bytes_per_second[8] == 150e9
+
+
+@pytest.mark.parametrize(("chunks", "layers_with_experts"), [(None, 2), (2, 1)])
+def test_a_rank_holds_its_experts_of_the_stage_with_most_of_them(chunks: int | None, layers_with_experts: int) -> None:
+    """Of 8 layers on 4 stages the fifth and the sixth have experts: both on one stage, or interleaved on two."""
+    args = arguments(
+        num_layers=8, moe_layer_freq=[0, 0, 0, 0, 1, 1, 0, 0], pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=chunks, num_experts=8, expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1, moe_ffn_hidden_size=512, moe_shared_expert_intermediate_size=None,
+        moe_router_topk=2,
+    )  # fmt: skip
+    model = estimate_cost_model(args, (1,), gpu=(9, 80 << 30), ranks_per_node=8, micro_batches_in_flight=4)
+    width, dense_layers = 1024, 2 - layers_with_experts
+    everywhere = width * (2 * (2 * HEADS + 2 * GROUPS) * HEAD_WIDTH + 1000)
+    everywhere += dense_layers * 3 * width * 4096 + layers_with_experts * width * 8
+    experts = layers_with_experts * 8 / 4 * 3 * width * 512
+    # 32 data-parallel ranks share the optimizer's state, 8 of them that of the same experts.
+    assert model.model_state_bytes == pytest.approx(everywhere * (6 + 12 / 32) + experts * (6 + 12 / 8))
+    # Two experts keep 2 x (2 x 1024 + 3 x 512) values of a token, and the router's side one of 1024.
+    kept = 2 * 34 * width + layers_with_experts * (2 * (width + 2 * (2 * width + 3 * 512)) - 19 * width)
+    assert model.activation_bytes_per_token == pytest.approx(kept + 6 * 1000)

@@ -23,6 +23,7 @@ class TestSchedule:
             ("--moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1 1", "nested"),
             (f"{TENSOR}", "nested"),
             (f"{TENSOR} --expert-model-parallel-size 2 --expert-tensor-parallel-size 1", "nested"),
+            ("--pipeline-model-parallel-size 2", "nested"),
             ("--expert-model-parallel-size 2", "lockstep"),
             ("--expert-tensor-parallel-size 2", "lockstep"),
             (f"{TENSOR} --expert-model-parallel-size 2", "lockstep"),
@@ -65,8 +66,6 @@ def test_the_dispatcher_asked_for_is_kept_where_lengths_may_differ(more: str, di
     "more",
     [
         "--moe-router-load-balancing-type sinkhorn",
-        "--moe-router-load-balancing-type global_aux_loss",
-        "--pipeline-model-parallel-size 2",
         "--moe-expert-capacity-factor 1.0",
         "--moe-input-jitter-eps 0.1",
         "--overlap-moe-expert-parallel-comm",
