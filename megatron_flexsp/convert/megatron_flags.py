@@ -52,3 +52,9 @@ def names_of_flags() -> dict[str, str]:
     """The attribute that each flag sets to its value or to true, by the flag's own name in Python's spelling."""
     rows = (row for rows in flags_by_name().values() for row in rows if row.how not in ("field", "off"))
     return {row.flag[2:].replace("-", "_"): row.name for row in rows}
+
+
+@functools.cache
+def all_flags() -> frozenset[str]:
+    """Every flag of every release."""
+    return frozenset(row.flag for rows in flags_by_name().values() for row in rows if row.how != "field")

@@ -77,7 +77,7 @@ class ListEdits(ScriptEdits):
         before = self._data[self._data.rfind(b"\n", 0, first.start) + 1 : first.start]
         rest = self._data[first.start : self._data.find(b"\n", first.start)]
         several = b"\n" in self._data[first.start :].rstrip()
-        if not several:
+        if not several or before.strip():
             new = f"{flags} ".encode()
         else:
             mark = b" \\" if rest.rstrip().endswith(b"\\") else b""

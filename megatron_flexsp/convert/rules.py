@@ -90,7 +90,8 @@ def decide(job: Job, wishes: Wishes) -> Decision:
     if new and job.last(_CAPACITY) is None and capacity is None:
         decision.problems.append(
             f"line {job.line}: --seq-length isn't there to see, and without it nobody knows how many tokens a rank "
-            f"holds. Convert the file that sets it, or add {_CAPACITY} to the command yourself"
+            f"holds. Convert the file that sets it, and put -m megatron_flexsp.run before {job.script or 'the script'} "
+            f"here yourself; or give --seq-length, or {_CAPACITY}, here and convert again"
             + (f". Arguments may be in {', '.join(job.unseen)}" if job.unseen else "")
         )
         return decision

@@ -56,12 +56,15 @@ class Script:
     """Lines that aren't shell as the parser knows it."""
     directives: str = ""
     """The ``#SBATCH`` lines of the script and of those that it writes."""
+    variables: dict[str, Variable] = field(default_factory=dict)
+    """What the variables hold at the end."""
 
 
 def read_script(source: Source, path: Path | None = None) -> Script:
     """Go through a script; files that it sources are looked for beside ``path`` and read as well."""
     reader = _Reader(path)
     reader.run_source(source)
+    reader.script.variables = dict(reader._scope.variables)
     reader.run_uncalled()
     return reader.script
 

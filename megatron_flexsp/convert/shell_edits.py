@@ -63,7 +63,7 @@ class ScriptEdits:
         if span.file != MAIN_FILE:
             raise FlexSPError(
                 f"line {self._found.job.line}: {what} stands in a file that this script reads (source): change it "
-                "there by hand, or convert a copy of the script that holds it"
+                "there by hand, or convert that file, and put the launcher in here"
             )
         return span
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_flexsp.convert.arguments import Argument, Job, Value, values_taken
+from megatron_flexsp.convert.megatron_flags import all_flags
 from megatron_flexsp.convert.rules import OTHER_MODELS
 from megatron_flexsp.convert.shell import Command, Script
-from megatron_flexsp.convert.shell_values import Piece, Word
+from megatron_flexsp.convert.shell_values import Array, Piece, Word, within
+from megatron_flexsp.convert.shell_values import words as words_of
 from megatron_flexsp.convert.text import MAIN_FILE, Span, line_of
 
 RUN_MODULE = "megatron_flexsp.run"
@@ -19,6 +21,7 @@ _TRAINING_FLAGS = {
     "--micro-batch-size", "--global-batch-size", "--train-iters", "--train-samples", "--seq-length", "--num-layers",
     "--lr", "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--lr-decay-style",
 }  # fmt: skip
+_FEWEST_FLAGS = 3
 """Of these a training command has three; others may have one or two."""
 
 _TOOLS = re.compile(
@@ -70,6 +73,31 @@ def find_launches(script: Script, data: bytes) -> tuple[list[Launch], list[Other
     return list(launches.values()), list(others)
 
 
+def find_variables(script: Script, data: bytes) -> Launch | None:
+    """The arguments that a script only holds in variables, for another one to start training with."""
+    held: dict[tuple[Span, ...], Word] = {}
+    for variable in script.variables.values():
+        elements = variable.elements if isinstance(variable, Array) else ()
+        listed = [Word(element.value, element.conditions) for element in elements]
+        if not isinstance(variable, Array):
+            listed = words_of(within(variable, (), quoted=False))
+        first = listed[0].pattern.partition("=")[0] if listed else ""
+        if first in all_flags() or first.startswith("--flexsp"):
+            # A variable that is made of others has their words once more.
+            held.update({tuple(part.chain[-1] for part in word.parts if part.chain): word for word in listed})
+    if not held:
+        return None
+    listed = list(held.values())
+    text = CommandText(listed, data)
+    arguments, unseen = read_arguments(text, 0, 1)
+    flags = {argument.flag for argument in arguments}
+    trains = len(flags & _TRAINING_FLAGS) >= _FEWEST_FLAGS and flags & {"--lr", "--train-iters", "--train-samples"}
+    if not trains or "--seq-length" not in flags:
+        return None
+    job = Job(tuple(arguments), line=1, script=None, launched=True, unseen=tuple(dict.fromkeys(unseen)))
+    return Launch(job, Command(tuple(listed), (), 1, script.variables), 0, text)
+
+
 def _script_place(words: Sequence[Word]) -> int | None:
     for place, word in enumerate(words):
         if re.search(r"\.py['\"]?$", word.pattern) and not word.pattern.startswith("-"):
@@ -91,7 +119,8 @@ def _launch(script: Script, command: Command, place: int, name: str, data: bytes
     base = name.rsplit("/", 1)[-1]
     program_place, program = _program(words[:place])
     trains = "pretrain_gpt" in base or (
-        len(flags & _TRAINING_FLAGS) >= 3 and bool(flags & {"--lr", "--train-iters", "--train-samples", "--save"})
+        len(flags & _TRAINING_FLAGS) >= _FEWEST_FLAGS
+        and bool(flags & {"--lr", "--train-iters", "--train-samples", "--save"})
     )
     known_trainer = re.match(r"(pretrain|finetune|train)_", base) is not None
     if not trains and not (known_trainer and (flags or unseen) and program != "") and program != "deepspeed":

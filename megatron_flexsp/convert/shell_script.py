@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_flexsp.convert.arguments import Job
+from megatron_flexsp.convert.plain import ListEdits
 from megatron_flexsp.convert.result import Result, Unconvertible
 from megatron_flexsp.convert.rules import Wishes, decide
 from megatron_flexsp.convert.shell import read_script
 from megatron_flexsp.convert.shell_edits import ScriptEdits
-from megatron_flexsp.convert.shell_launch import Other, find_launches
+from megatron_flexsp.convert.shell_launch import Other, find_launches, find_variables
 from megatron_flexsp.convert.shell_source import Source
 from megatron_flexsp.convert.text import Edit, apply
 from megatron_flexsp.errors import FlexSPError
@@ -31,6 +32,9 @@ def convert_source(source: Source, data: bytes, path: Path | None, wishes: Wishe
     script = read_script(source, path)
     launches, others = find_launches(script, data)
     problems = [f"line {other.line}: {other.script}: {other.refused}" for other in others if other.refused]
+    variables = None if launches or others else find_variables(script, data)
+    if variables is not None:
+        launches = [variables]
     if not launches:
         raise Unconvertible(problems or [_nothing_found(others)])
     edits: list[Edit] = []
@@ -44,7 +48,8 @@ def convert_source(source: Source, data: bytes, path: Path | None, wishes: Wishe
         decision = decide(launch.job, wishes)
         if not decision.problems:
             try:
-                edits += ScriptEdits(launch, data).edits(decision.changes)
+                kind = ScriptEdits if variables is None else ListEdits
+                edits += kind(launch, data).edits(decision.changes)
             except FlexSPError as error:
                 decision.problems.append(str(error))
         refused |= dict.fromkeys(decision.problems)

@@ -210,6 +210,32 @@ def test_a_command_in_an_option_is_converted() -> None:
     assert after.endswith(' --flexsp-max-tokens-per-rank 32 --num-layers 2 --seq-length 64 --lr 1"\n')
 
 
+def test_arguments_that_another_script_starts_with() -> None:
+    script = b"""RUN=(--nnodes 2 --nproc_per_node 8)
+ALL=()
+ALL+=(  # the model
+    --num-layers 2
+    --seq-length $((64 * 2)) --micro-batch-size 2
+)
+DATA=(--lr 1 --eod-mask-loss)
+ALL+=(${DATA[@]})
+"""
+    once = converted(script)
+    assert once.data.decode().splitlines()[2:7] == [
+        "ALL+=(  # the model",
+        "    --flexsp --calculate-per-token-loss --flexsp-max-tokens-per-rank $((2 * (64 * 2)))",
+        "    --num-layers 2",
+        "    --seq-length $((64 * 2)) --micro-batch-size 1",
+        ")",
+    ]
+    assert b"\nDATA=(--lr 1)\n" in once.data
+    assert converted(once.data).data == once.data
+    no_training = b"A=(--num-layers 2 --seq-length 8 --tensor-model-parallel-size 2)"
+    for few in (b"RUN=(--nnodes 2)", b"A=(--lr 1 --num-layers 2 --train-iters 3)", no_training):
+        with pytest.raises(Unconvertible, match="nothing to convert"):
+            converted(few)
+
+
 @pytest.mark.parametrize(("form", "capacity"), FORMS)
 def test_forms_of_launches(form: str, capacity: str, calls: Calls) -> None:
     written = "--num-layers 2 --seq-length 4096 --micro-batch-size 2 --lr 1"
