@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.router import Router, TopKRouter
@@ -61,6 +62,15 @@ class RoutedPack:
         """The place in the pack of each local token's sequence, int64 ``[t]``; padding has the number of sequences."""
         layout, positions = self.params.layout, self.params.positions
         assert layout is not None and positions is not None
+        if layout.ring_size > 1:
+            # A block may begin in the middle of each of its sequences, so positions don't tell them apart.
+            tokens = np.full(layout.slice_tokens, self.sequences)
+            held = [piece.stop - piece.start for piece in layout.pieces]
+            tokens[: sum(held)] = np.repeat([piece.sequence for piece in layout.pieces], held)
+            sequence_of_token = torch.from_numpy(tokens)
+            if positions.is_cuda:
+                sequence_of_token = sequence_of_token.pin_memory()
+            return sequence_of_token.to(positions.device, non_blocking=True)
         # Positions are on the device already. A sequence starts where they are 0, and so does each token of padding.
         begun = self.sequences
         if layout.pieces:
