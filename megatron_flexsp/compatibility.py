@@ -155,9 +155,10 @@ JOB_REFUSALS = (
     ),
     Refusal(
         flags=("--multi-latent-attention",),
-        subject="--multi-latent-attention",
-        reason="it is not supported yet",
-        applies=lambda args: args.multi_latent_attention,
+        subject="--multi-latent-attention with --transformer-impl local",
+        reason="Megatron's own attention takes no values whose width is not that of the queries",
+        remedy="Set --transformer-impl transformer_engine",
+        applies=lambda args: _local(args) and args.multi_latent_attention,
     ),
     Refusal(
         flags=("--experimental-attention-variant", "--linear-attention-type"),

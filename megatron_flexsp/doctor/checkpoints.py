@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_flexsp.doctor.findings import Finding, error, ok, warning
 from megatron_flexsp.megatron import experts
+from megatron_flexsp.megatron.head_sizes import attention_weights, head_sizes, is_latent
 
 _GIB = 1 << 30
 
@@ -24,17 +25,18 @@ def parameter_count(args: argparse.Namespace, vocabulary: int) -> int:
     vocabulary
         Rows of the embedding.
     """
-    width, layers, channels = args.hidden_size, args.num_layers, args.kv_channels
-    queries = args.num_attention_heads * channels
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    keys_and_values = 2 * groups * channels
+    width, layers, sizes = args.hidden_size, args.num_layers, head_sizes(args)
     norm = width * (1 if args.normalization == "RMSNorm" else 2)
     bias = int(args.add_bias_linear)
 
-    attention = width * (2 * queries + keys_and_values)
-    attention += (queries + keys_and_values) * int(bool(bias or getattr(args, "add_qkv_bias", False))) + width * bias
-    if getattr(args, "qk_layernorm", False):
-        attention += 2 * channels * norm // width
+    attention = sum(attention_weights(args)) + width * bias
+    has_norms = getattr(args, "qk_layernorm", False)
+    if is_latent(args):
+        attention += has_norms * (args.kv_lora_rank + (args.q_lora_rank or 0)) * norm // width
+    else:
+        projected = sizes.query_values + sizes.key_value_values
+        attention += projected * int(bool(bias or getattr(args, "add_qkv_bias", False)))
+        attention += has_norms * 2 * sizes.key_width * norm // width
 
     def mlp(inner: int) -> int:
         up = 2 * inner if args.swiglu else inner

@@ -18,6 +18,7 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.experts import adds_up_over_groups
+from megatron_flexsp.megatron.head_sizes import head_sizes
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import CostModel, first_ranks
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
@@ -109,7 +110,7 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     )
     device = torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
     if any(ring_size_of(degree, settings.query_heads) > 1 for degree in used):
-        check_block_attention(device, args.params_dtype, args.kv_channels)
+        check_block_attention(device, args.params_dtype, head_sizes(args).widest)
     groups.warm_up(device, adds_up=adds_up_over_groups(args))
     channel = PlanChannel(hosts)
     request = plan_request(settings, cost_model, capacity, narrowest)

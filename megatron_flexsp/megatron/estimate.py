@@ -11,6 +11,7 @@ import argparse
 from dataclasses import replace
 
 from megatron_flexsp.megatron import experts
+from megatron_flexsp.megatron.head_sizes import attention_weights, head_sizes, latent_activations
 from megatron_flexsp.planner import CostModel
 from megatron_flexsp.runtime import ring_size_of
 
@@ -50,23 +51,22 @@ def estimate_cost_model(
     tensor_size = args.tensor_model_parallel_size
     layers = -(-args.num_layers // args.pipeline_model_parallel_size)
     width, vocabulary = args.hidden_size, args.padded_vocab_size or args.vocab_size or 0
-    query_width = args.num_attention_heads * args.kv_channels
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    key_value_width = groups * args.kv_channels
+    sizes = head_sizes(args)
+    shared_weights, own_weights = attention_weights(args)
     bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
 
-    attention_weights = width * (2 * query_width + 2 * key_value_width)
     matrices = 3 if args.swiglu else 2
     routed_layers = min(layers, experts.routed_layers_of_a_stage(args))
     dense_weights = (layers - routed_layers) * matrices * width * args.ffn_hidden_size
     # What a token meets, and what lies on a rank.
     met, held_of_experts, held_beside = experts.weights_of_layer(args, matrices)
-    weights = (layers * attention_weights + dense_weights + routed_layers * met + width * vocabulary) / tensor_size
+    weights = (layers * shared_weights + dense_weights + routed_layers * met + width * vocabulary) / tensor_size
+    weights += layers * own_weights
     held_weights = weights + routed_layers * (held_beside - met / tensor_size)
     passes = 4 if args.recompute_granularity == "full" else 3
     linear_operations = 2 * passes * weights
     # Two products of a causal half square, forward; twice that backward.
-    attention_operations = 2 * passes * layers * query_width / tensor_size
+    attention_operations = passes * layers * (sizes.query_values + sizes.result_values) / tensor_size
 
     # Korthikanti et al. (arXiv 2205.05198), table 2, with attention scores never kept.
     kept_per_layer = 2 if args.recompute_granularity == "full" else 34
@@ -76,6 +76,9 @@ def estimate_cost_model(
         # In the table, 19 of the 34 are a dense layer's second half.
         kept_bytes += routed_layers * (experts.kept_bytes_of_layer(args, matrices) - 19 * width)
     activation_bytes = kept_bytes * bytes_per_value / 2 / shared + 6 * vocabulary / tensor_size
+    if args.recompute_granularity != "full":
+        of_heads, of_latents = latent_activations(args)
+        activation_bytes += layers * bytes_per_value * (of_heads / tensor_size + of_latents / shared)
     state_bytes = held_weights * _state_bytes_per_weight(args, args.data_parallel_size)
     if args.num_experts:
         expert_bytes = _state_bytes_per_weight(args, experts.optimizer_ranks(args))
@@ -125,9 +128,8 @@ def with_ring_exchange(cost_model: CostModel, args: argparse.Namespace) -> CostM
     ranks. None of it is taken to be hidden, which holds while a rank has a few thousand tokens of a sequence.
     """
     layers = -(-args.num_layers // args.pipeline_model_parallel_size)
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
-    passed_on = 3 * 2 * groups * args.kv_channels * bytes_per_value / args.tensor_model_parallel_size
+    passed_on = 3 * head_sizes(args).key_value_values * bytes_per_value / args.tensor_model_parallel_size
     # Two rounds of d - 1 steps a layer, in place of four exchanges.
     steps = 2 / 4
     return replace(
@@ -150,10 +152,11 @@ def exchanges_per_micro_batch(args: argparse.Namespace) -> int:
 
 def exchange_bytes_per_token(args: argparse.Namespace) -> float:
     """Bytes that a micro-batch's all-to-alls carry for each token: queries, keys, values and the result."""
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    width = (args.num_attention_heads + groups) * args.kv_channels
+    sizes = head_sizes(args)
+    # The mean of the two ways.
+    values = (sizes.query_values + sizes.key_value_values + sizes.result_values) / 2
     bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
-    return exchanges_per_micro_batch(args) * width * bytes_per_value / args.tensor_model_parallel_size
+    return exchanges_per_micro_batch(args) * values * bytes_per_value / args.tensor_model_parallel_size
 
 
 def _with_ring(args: argparse.Namespace, degree: int, bandwidth: float) -> float:
@@ -166,11 +169,11 @@ def _with_ring(args: argparse.Namespace, degree: int, bandwidth: float) -> float
     ring_size = ring_size_of(degree, heads)
     if ring_size == 1:
         return bandwidth
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-    held_heads = max(1.0, groups / args.tensor_model_parallel_size / (degree // ring_size))
+    sizes = head_sizes(args)
+    held_heads = max(1.0, sizes.key_value_heads / args.tensor_model_parallel_size / (degree // ring_size))
     bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
     layers = -(-args.num_layers // args.pipeline_model_parallel_size)
-    passed_bytes = layers * held_heads * args.kv_channels * (2 * 2 * bytes_per_value + 2 * 4)
+    passed_bytes = layers * held_heads * sizes.widest * (2 * 2 * bytes_per_value + 2 * 4)
     ring_bytes = passed_bytes * (ring_size - 1) / ring_size
     exchanged_bytes = exchange_bytes_per_token(args) / degree
     return bandwidth * exchanged_bytes / (exchanged_bytes + ring_bytes)

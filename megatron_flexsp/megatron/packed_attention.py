@@ -61,10 +61,23 @@ class FlexSPPackedSeqParams(PackedSeqParams):
         return cls(layout=layout, group=group, positions=positions, ring=ring, whole_pack=whole_pack)
 
 
-class _PackedLength(int):
+class PackedLength(int):
     """The rotary length of a pack, carrying the positions to where the embedding is made."""
 
     positions: Tensor
+
+    @classmethod
+    def of(cls, params: FlexSPPackedSeqParams) -> PackedLength:
+        """Of one micro-batch."""
+        assert params.layout is not None and params.positions is not None
+        length = cls(params.layout.longest_segment)
+        length.positions = params.positions
+        return length
+
+    @property
+    def table_length(self) -> int:
+        """How many positions to ask Megatron's tables for, which it caches by length: few powers of two."""
+        return 1 << (int(self) - 1).bit_length()
 
 
 def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -129,10 +142,7 @@ def rotary_length(original: Callable[..., int]) -> Callable[..., int]:
                 packed_seq_params,
                 **others,
             )
-        assert packed_seq_params.layout is not None and packed_seq_params.positions is not None
-        length = _PackedLength(packed_seq_params.layout.longest_segment)
-        length.positions = packed_seq_params.positions
-        return length
+        return PackedLength.of(packed_seq_params)
 
     return get_rotary_seq_len
 
@@ -144,10 +154,9 @@ def rotary_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def forward(self: Any, max_seq_len: int, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(max_seq_len, _PackedLength):
+        if not isinstance(max_seq_len, PackedLength):
             return original(self, max_seq_len, *args, **kwargs)
-        # The original caches a few lengths; powers of two keep it to few.
-        table = original(self, 1 << (int(max_seq_len) - 1).bit_length())
+        table = original(self, max_seq_len.table_length)
         if isinstance(table, tuple):
             return table[0].index_select(0, max_seq_len.positions), *table[1:]
         return table.index_select(0, max_seq_len.positions)

@@ -66,7 +66,14 @@ def training_seams(profiles: bool) -> list[Seam]:
     try:
         from megatron.core.extensions.transformer_engine import HAVE_TE
 
-        from megatron_flexsp.megatron import packed_attention, profiling, routers, te_attention, training
+        from megatron_flexsp.megatron import (
+            latent_attention,
+            packed_attention,
+            profiling,
+            routers,
+            te_attention,
+            training,
+        )
         from megatron_flexsp.megatron.provenance import check_same_job
     except ImportError as error:
         if not (error.name or "").startswith("megatron."):
@@ -101,7 +108,8 @@ def training_seams(profiles: bool) -> list[Seam]:
     def print_seams(args: Any) -> None:
         if args.rank == 0:
             print(f" > [flexsp] in Megatron {seams.version()} of {seams.location().parents[1]}:")
-            for seam in [*planned, *(routing if args.num_experts else ())]:
+            latent = latent_layers if args.multi_latent_attention else ()
+            for seam in [*planned, *latent, *(routing if args.num_experts else ())]:
                 print(f" > [flexsp] {seam.target} {seam.reason}")
             if (warning := seams.warning()) is not None:
                 print(f" > [flexsp] warning: {warning}")
@@ -178,7 +186,7 @@ def training_seams(profiles: bool) -> list[Seam]:
                 "attends over packs, on the pack's own group",
             )
         )
-    routing = routers.seams()
+    routing, latent_layers = routers.seams(), latent_attention.seams()
     counting = "megatron.training.training"
     if releases.sequences_report_lengths():
         called = [Seam(f"{counting}:update_seqlen_stats_from_cu_seqlens", ("cu_seqlens",), None, "counts operations")]
@@ -201,4 +209,4 @@ def training_seams(profiles: bool) -> list[Seam]:
             "takes a part of a balancing loss",
         ),
     ]
-    return [*planned, *routing, *called]
+    return [*planned, *latent_layers, *routing, *called]

@@ -67,6 +67,7 @@ def describe_job(args: argparse.Namespace) -> dict[str, Any]:
         "ffn_hidden_size",
         "num_attention_heads",
         "kv_channels",
+        "multi_latent_attention",
         "padded_vocab_size",
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
@@ -77,7 +78,8 @@ def describe_job(args: argparse.Namespace) -> dict[str, Any]:
         "recompute_granularity",
         "transformer_impl",
     )
-    job = {name: getattr(args, name, None) for name in names}
+    latent = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+    job = {name: getattr(args, name, None) for name in names + latent * bool(args.multi_latent_attention)}
     job["num_query_groups"] = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     job["fp8"] = f"{args.fp8}, {args.fp8_recipe}" if args.fp8 else None
     job["params_dtype"] = str(args.params_dtype).removeprefix("torch.")

@@ -15,7 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
-from megatron_flexsp.runtime import SequenceGroup, ring_attention, ulysses_attention
+from megatron_flexsp.runtime import SequenceGroup, at_one_width, ring_attention, ulysses_attention
 from megatron_flexsp.runtime.ulysses import Kernel
 
 
@@ -41,30 +41,38 @@ def te_attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tenso
         assert group is not None and whole_pack is not None
 
         def te_kernel(q_ThD: Tensor, k_TgD: Tensor, v_TgD: Tensor) -> Tensor:
-            with _heads_of_one_member(self, group, q_ThD.shape[1], k_TgD.shape[1]):
+            with _heads_of_one_member(self, group, q_ThD, k_TgD):
                 out = original(self, q_ThD, k_TgD, v_TgD, None, attn_mask_type, None, whole_pack, **others)
             return out.unflatten(-1, (q_ThD.shape[1], -1))
 
         kernel: Kernel = te_kernel
         if packed_seq_params.ring is not None:
             # Transformer Engine gives no log-sum-exp, by which the parts of a ring are put together.
-            scale = self.config.softmax_scale or query.shape[-1] ** -0.5
+            scale = self.flash_attention.softmax_scale
             kernel = partial(ring_attention, schedule=packed_seq_params.ring, group=group, softmax_scale=scale)
-        out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
-        return out_tHD.reshape(query.shape[0], 1, -1)
+        # For packs, few kernels take values of another width than queries, and none on every GPU. Megatron widens
+        # them too, for packs of its own. Here they travel as they are.
+        kernel = at_one_width(kernel)
+        out_tHE = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
+        return out_tHE.reshape(query.shape[0], 1, -1)
 
     return forward
 
 
 @contextmanager
-def _heads_of_one_member(attention: Any, group: SequenceGroup, heads: int, key_value_heads: int) -> Iterator[None]:
-    """Lets a Transformer Engine attention work on a member's share of its heads.
+def _heads_of_one_member(attention: Any, group: SequenceGroup, q_ThD: Tensor, k_TgD: Tensor) -> Iterator[None]:
+    """Lets a Transformer Engine attention work on a member's share of its heads, values as wide as queries.
 
-    It asserts its number of key/value heads, and takes the softmax's offset of every query head, if it has
-    any. Both are instance attributes, put over its own for the time of one call; the offset's gradient
+    It asserts its number of key/value heads and their widths, and takes the softmax's offset of every query head, if
+    it has any. All are instance attributes, put over its own for the time of one call; the offset's gradient
     still reaches the parameter, of which each member uses its own part.
     """
-    over: dict[str, Any] = {"num_gqa_groups_per_partition": key_value_heads}
+    heads, width = q_ThD.shape[1:]
+    over: dict[str, Any] = {
+        "num_gqa_groups_per_partition": k_TgD.shape[1],
+        "hidden_size_per_attention_head_k": width,
+        "hidden_size_per_attention_head_v": width,
+    }
     offset = attention.softmax_offset
     if offset is not None and group.degree > 1:
         over["softmax_offset"] = offset[group.member * heads : (group.member + 1) * heads]

@@ -79,7 +79,7 @@ def gpu_obstacle(dtype: torch.dtype, head_width: int) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"on a GPU it works in bf16 and fp16 (--bf16, --fp16), not in {str(dtype).removeprefix('torch.')}"
     if head_width % 8 or head_width > _WIDEST_HEAD:
-        return f"on a GPU heads must be a multiple of 8 wide and at most {_WIDEST_HEAD}; --kv-channels is {head_width}"
+        return f"on a GPU heads must be a multiple of 8 wide and at most {_WIDEST_HEAD}, not {head_width}"
     return None
 
 

@@ -139,7 +139,7 @@ def ring_attention(
     Parameters
     ----------
     q_BhD, k_BgD, v_BgD
-        All B tokens of this rank's block, of its heads; h is a multiple of g.
+        All B tokens of this rank's block, of its heads, all of one width; h is a multiple of g.
     schedule
         This rank's, its table on the tensors' device.
     softmax_scale

@@ -24,9 +24,38 @@ LLAMA = {
     "moe_ffn_hidden_size": None,
     "moe_shared_expert_intermediate_size": None,
     "max_position_embeddings": 1024,
+    "multi_latent_attention": False,
 }
 LLAMA_3 = LLAMA | {"ffn_hidden_size": 14336, "group_query_attention": True, "num_query_groups": 8}
 MIXTRAL = LLAMA_3 | {"num_experts": 8}
+DEEPSEEK_V2_LITE = LLAMA | {
+    "num_layers": 27,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "ffn_hidden_size": 10944,
+    "num_experts": 64,
+    "moe_layer_freq": [0] + [1] * 26,
+    "moe_ffn_hidden_size": 1408,
+    "moe_shared_expert_intermediate_size": 2816,
+    "multi_latent_attention": True,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "qk_layernorm": True,
+}
+DEEPSEEK_V3 = DEEPSEEK_V2_LITE | {
+    "num_layers": 61,
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "ffn_hidden_size": 18432,
+    "num_experts": 256,
+    "moe_layer_freq": [0] * 3 + [1] * 58,
+    "moe_ffn_hidden_size": 2048,
+    "moe_shared_expert_intermediate_size": 2048,
+    "q_lora_rank": 1536,
+}
 GPT2 = LLAMA | {
     "num_layers": 12,
     "hidden_size": 768,
@@ -48,8 +77,10 @@ GPT2 = LLAMA | {
         (LLAMA_3, 128_256, 8_030_261_248),
         (GPT2, 50_257, 124_439_808),
         (MIXTRAL, 32_000, 46_702_792_704),
+        (DEEPSEEK_V2_LITE, 102_400, 15_706_484_224),
+        (DEEPSEEK_V3, 129_280, 671_026_404_352),
     ],
-    ids=["Llama 2 7B", "Llama 3 8B", "GPT-2", "Mixtral 8x7B"],
+    ids=["Llama 2 7B", "Llama 3 8B", "GPT-2", "Mixtral 8x7B", "DeepSeek-V2-Lite", "DeepSeek-V3"],
 )
 def test_published_models_have_as_many(model: dict[str, object], vocabulary: int, published: int) -> None:
     assert parameter_count(Namespace(**model), vocabulary) == published

@@ -70,19 +70,36 @@ def environment_of(arguments: Sequence[str], megatron: Path | None = None) -> di
     return {"PYTHONPATH": os.pathsep.join([*first, str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 
-@pytest.fixture(scope="session")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The prefix of a data set of 60 documents of 2 to 120 tokens, three of them longer than a sequence may be."""
+def written_documents(prefix: Path, lengths: list[int], seed: int) -> Path:
+    """Write a data set of documents of these lengths; its prefix comes back."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    generator = np.random.default_rng(7)
-    prefix = tmp_path_factory.mktemp("documents") / "small"
+    generator = np.random.default_rng(seed)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-    lengths = [*generator.integers(2, 40, 57).tolist(), 120, 97, 50]
     for length in lengths:
         builder.add_document(torch.from_numpy(generator.integers(0, 256, length)), [length])
     builder.finalize(f"{prefix}.idx")
     return prefix
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The prefix of a data set of 60 documents of 2 to 120 tokens, three of them longer than a sequence may be."""
+    lengths = [*np.random.default_rng(7).integers(2, 40, 57).tolist(), 120, 97, 50]
+    return written_documents(tmp_path_factory.mktemp("documents") / "small", lengths, seed=7)
+
+
+@pytest.fixture(scope="session")
+def even_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents of an even number of tokens to predict: sequence parallelism takes no odd ones without packs."""
+    lengths = [2 * half + 1 for half in range(1, 23)] * 3
+    return written_documents(tmp_path_factory.mktemp("documents") / "even", lengths, seed=8)
+
+
+@pytest.fixture(scope="session")
+def write_documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[int]], Path]:
+    """Write a data set of documents of these lengths and return its prefix."""
+    return lambda lengths: written_documents(tmp_path_factory.mktemp("documents") / "documents", lengths, seed=8)
 
 
 @pytest.fixture

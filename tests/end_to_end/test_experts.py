@@ -7,9 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
 from .conftest import LLAMA
 from .test_equality import FULL, INTERLEAVED, OVERLAPS, PIPELINE, TENSOR, assert_equal, assert_equal_losses
@@ -23,23 +21,6 @@ BIAS = ("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bi
 TWO_PARTS = ("--expert-model-parallel-size", "2")
 
 
-@pytest.fixture(scope="module")
-def write_documents(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[int]], Path]:
-    """Write a data set of documents of these lengths and return its prefix."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    def write(lengths: list[int]) -> Path:
-        generator = np.random.default_rng(8)
-        prefix = tmp_path_factory.mktemp("documents") / "documents"
-        builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
-        for length in lengths:
-            builder.add_document(torch.from_numpy(generator.integers(0, 256, length)), [length])
-        builder.finalize(f"{prefix}.idx")
-        return prefix
-
-    return write
-
-
 def test_experts_on_two_ranks(train: Callable, reference: Callable) -> None:
     """Packs of one sequence, padded, and fillers: what a balancing loss is taken over is Megatron's micro-batch."""
     model = (*MOE, *TWO_PARTS, "--moe-shared-expert-intermediate-size", "32")
@@ -50,14 +31,10 @@ def test_experts_on_two_ranks(train: Callable, reference: Callable) -> None:
     assert_equal(run, reference(2, *model))
 
 
-def test_experts_inside_of_a_tensor_parallel_group(
-    train: Callable, reference: Callable, write_documents: Callable
-) -> None:
+def test_experts_inside_of_a_tensor_parallel_group(train: Callable, reference: Callable, even_documents: Path) -> None:
     """Nobody waits for another micro-batch: nested. Routers run again in the backward pass."""
-    # Sequence parallelism, which Megatron wants for experts, takes no odd lengths without packs.
-    even = write_documents([2 * half + 1 for half in range(1, 23)] * 3)
     model = (*MOE, *EACH_SEQUENCE, *BIAS, "0.1", *TENSOR, "--sequence-parallel", *TWO_PARTS)
-    model += ("--expert-tensor-parallel-size", "1", "--data-path", str(even))
+    model += ("--expert-tensor-parallel-size", "1", "--data-path", str(even_documents))
     run = train(4, *model, *FULL, plan="[01] [0] [1] [1]", gradients=True)
     assert " > [flexsp] nested schedule" in run.output
     assert_equal(run, reference(2, *model))

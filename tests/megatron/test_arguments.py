@@ -47,7 +47,10 @@ class TestCompatibility:
             ("--hybrid-context-parallel", "--hybrid-context-parallel"),
             ("--micro-batch-size 2", "--micro-batch-size other than 1"),
             ("--mtp-num-layers 1", "--mtp-num-layers"),
-            ("--multi-latent-attention", "--multi-latent-attention"),
+            (
+                "--multi-latent-attention",
+                "--multi-latent-attention with --transformer-impl local: .*transformer_engine",
+            ),
             ("--hybrid-override-pattern M*M*", "Mamba and hybrid layers"),
             ("--use-torch-fsdp2", "--use-torch-fsdp2"),
             ("--transformer-impl inference_optimized", "--transformer-impl inference_optimized"),
@@ -74,7 +77,9 @@ class TestCompatibility:
         self, parse: Parse, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # The last of two: the job has one already.
-        args = parse("--transformer-impl transformer_engine --window-size 4,0 --softmax-type learnable")
+        args = parse(
+            "--transformer-impl transformer_engine --window-size 4,0 --softmax-type learnable --multi-latent-attention"
+        )
         for version, reason in (
             ("0.0.0", "can't be imported. Install it"),
             ("2.7.1", "2.8 or newer is needed"),

@@ -17,7 +17,7 @@ def arguments(**others: object) -> argparse.Namespace:
         "padded_vocab_size": 1000, "vocab_size": None, "params_dtype": torch.bfloat16, "recompute_granularity": None,
         "sequence_parallel": False, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         "data_parallel_size": 32, "use_distributed_optimizer": True, "seq_length": 4096, "num_experts": None,
-        "moe_layer_freq": 1,
+        "moe_layer_freq": 1, "multi_latent_attention": False,
     }  # fmt: skip
     return argparse.Namespace(**(given | others))
 
@@ -59,3 +59,35 @@ def test_a_rank_holds_its_experts_of_the_stage_with_most_of_them(chunks: int | N
     # Two experts keep 2 x (2 x 1024 + 3 x 512) values of a token, and the router's side one of 1024.
     kept = 2 * 34 * width + layers_with_experts * (2 * (width + 2 * (2 * width + 3 * 512)) - 19 * width)
     assert model.activation_bytes_per_token == pytest.approx(kept + 6 * 1000)
+
+
+LATENT = {
+    "multi_latent_attention": True, "q_lora_rank": None, "kv_lora_rank": 512, "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64, "v_head_dim": 128, "recompute_modules": None,
+}  # fmt: skip
+
+
+def test_latent_attention_has_a_key_and_a_value_for_every_query_head() -> None:
+    """Two all-to-alls forward and two backward carry queries and keys of 192 values, values and results of 128."""
+    args = arguments(**LATENT)
+    assert exchange_bytes_per_token(args) == 2 * LAYERS * HEADS * (192 + 192 + 128 + 128) * 2
+    ordinary = arguments(group_query_attention=False, kv_channels=160)
+    options = {"gpu": (9, 80 << 30), "ranks_per_node": 8, "micro_batches_in_flight": 1}
+    model, other = (estimate_cost_model(each, (1, 16), **options) for each in (args, ordinary))
+    assert model.attention_seconds_per_token_squared == other.attention_seconds_per_token_squared
+    # Its ring, with fewer ranks than heads in a block, passes values on as wide as keys.
+    ring, other_ring = (
+        each.exchange_bytes_per_token / each.exchange_bandwidth_bytes_per_second[16] for each in (model, other)
+    )
+    exchanged = exchange_bytes_per_token(args)
+    assert ring * 20e9 - exchanged == pytest.approx((other_ring * 20e9 - exchanged) * 192 / 160)
+
+
+def test_recomputed_projections_keep_the_latents_alone() -> None:
+    options = {"gpu": (9, 80 << 30), "ranks_per_node": 8, "micro_batches_in_flight": 1}
+    kept = [
+        estimate_cost_model(arguments(**LATENT | {"recompute_modules": modules}), (1,), **options)
+        for modules in (None, ["core_attn", "mla_up_proj"])
+    ]
+    fewer = kept[0].activation_bytes_per_token - kept[1].activation_bytes_per_token
+    assert fewer == LAYERS * HEADS * (192 + 192 + 128) * 2

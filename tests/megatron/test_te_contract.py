@@ -95,6 +95,32 @@ def test_the_number_of_key_value_heads_is_only_asserted(release: Release) -> Non
     assert len(places) == len(stored) + len(asserted)
 
 
+def test_the_widths_of_heads_are_only_asserted(release: Release) -> None:
+    """So that values may be widened to the queries' width for one call."""
+    module, forward = release.module(ATTENTION), release.function(ATTENTION, "DotProductAttention.forward")
+    for name in ("hidden_size_per_attention_head_k", "hidden_size_per_attention_head_v"):
+        places = uses(module, name)
+        asserted = [place for node in ast.walk(forward) if isinstance(node, ast.Assert) for place in uses(node, name)]
+        said = [
+            place for node in ast.walk(forward) if isinstance(node, ast.FormattedValue) for place in uses(node, name)
+        ]
+        stored = [place for place in places if isinstance(place.ctx, ast.Store)]
+        assert len(stored) == 1
+        assert {id(place) for place in places} == {id(place) for place in (*stored, *asserted, *said)}
+
+
+def test_the_scale_of_the_scores_is_kept_where_it_is_looked_for(release: Release) -> None:
+    made = release.function("pytorch/attention/dot_product_attention/backends.py", "FlashAttention.__init__")
+    assert "self.softmax_scale = softmax_scale" in [ast.unparse(node) for node in ast.walk(made)]
+    attention = release.function(ATTENTION, "DotProductAttention.__init__")
+    given = [
+        ast.unparse(node.value.args[0])
+        for node in ast.walk(attention)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self.flash_attention"
+    ]
+    assert given == ["softmax_scale"]
+
+
 def test_the_softmax_offset_is_read_at_each_call(release: Release) -> None:
     """So that a member's part of it may be put there for one call."""
     forward = release.function(ATTENTION, "DotProductAttention.forward")

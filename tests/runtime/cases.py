@@ -13,12 +13,15 @@ class Case:
     transposed: bool = False
     """Inputs and the result's gradient are views with strides that are not those of a dense tensor."""
     slice_multiple: int = 1
+    value_width: int = 8
+    """Queries and keys are 8 wide."""
 
     @property
     def name(self) -> str:
         words = [f"degree {self.degree}", f"{self.heads} heads", f"{self.key_value_heads} key/value heads"]
         words += ["lengths " + "+".join(map(str, self.lengths)), self.dtype]
         words += ["transposed"] * self.transposed + [f"slices of {self.slice_multiple}s"] * (self.slice_multiple > 1)
+        words += [f"values {self.value_width} wide"] * (self.value_width != 8)
         return ", ".join(words)
 
 
@@ -48,4 +51,12 @@ CASES += [
     # A slice's multiple leaves a block with padding alone.
     Case(4, 2, 2, (3,), slice_multiple=4),
     Case(4, 2, 1, (19, 6), slice_multiple=4),
+]
+
+CASES += [
+    *[Case(degree, 4, few, value_width=4) for degree in (1, 2, 4) for few in (1, 4)],
+    Case(2, 4, 4, value_width=16, transposed=True),
+    Case(4, 8, 8, value_width=16, dtype="bfloat16", transposed=True),
+    # In rings.
+    *[Case(4, 2, 2, value_width=width) for width in (4, 16)],
 ]

@@ -23,6 +23,7 @@ from megatron_flexsp.runtime import (
     PackLayout,
     RingSchedule,
     SequenceGroup,
+    at_one_width,
     ring_attention,
     ring_size_of,
     ulysses_attention,
@@ -126,8 +127,11 @@ def differences(case: Case, made: GroupPool, three: dist.ProcessGroup) -> dict[s
     # A GPU's kernels for rings work in 16 bits alone.
     dtype = torch.bfloat16 if ring_size > 1 and DEVICE.type == "cuda" else getattr(torch, case.dtype)
     torch.manual_seed(5)
-    heads = (case.heads, case.key_value_heads, case.key_value_heads, case.heads)
-    q, k, v, weight = (torch.randn(layout.total_tokens, count, WIDTH).to(dtype) for count in heads)
+    shapes = [
+        *((case.heads, WIDTH), (case.key_value_heads, WIDTH)),
+        *((case.key_value_heads, case.value_width), (case.heads, case.value_width)),
+    ]
+    q, k, v, weight = (torch.randn(layout.total_tokens, *shape).to(dtype) for shape in shapes)
     whole = [x.float().requires_grad_() for x in (q, k, v)]
     expected = dense_attention(*whole, layout.lengths, SCALE)
     wanted = [expected, *torch.autograd.grad((expected * weight.float()).sum(), whole)]
@@ -142,7 +146,7 @@ def differences(case: Case, made: GroupPool, three: dist.ProcessGroup) -> dict[s
     else:
         schedule = RingSchedule.of(layout)
         schedule = schedule.with_table(schedule.table.to(DEVICE))
-        kernel = partial(ring_attention, schedule=schedule, group=group, softmax_scale=SCALE)
+        kernel = at_one_width(partial(ring_attention, schedule=schedule, group=group, softmax_scale=SCALE))
     inputs = [x.requires_grad_() for x in parts[:3]]
     out = ulysses_attention(*inputs, group, kernel)
     found = [out, *torch.autograd.grad(out, inputs, parts[3])]

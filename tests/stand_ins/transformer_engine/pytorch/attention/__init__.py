@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ class DotProductAttention(torch.nn.Module):
         self.num_gqa_groups = num_gqa_groups or num_attention_heads
         assert num_attention_heads % self.num_gqa_groups == 0
         self.num_gqa_groups_per_partition = self.num_gqa_groups // self.tp_size
-        self.hidden_size_per_attention_head = kv_channels
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(kv_channels)  # type: ignore[arg-type]
+        widths = (kv_channels, kv_channels) if isinstance(kv_channels, int) else kv_channels
+        self.hidden_size_per_attention_head_k, self.hidden_size_per_attention_head_v = widths
+        self.flash_attention = SimpleNamespace(softmax_scale=softmax_scale or 1.0 / math.sqrt(widths[0]))
         self.attention_dropout = attention_dropout
         outside = sequence_parallel or get_rng_state_tracker is None
         self.dropout_context = nullcontext if outside else get_rng_state_tracker().fork  # type: ignore[misc]
@@ -72,7 +74,8 @@ class DotProductAttention(torch.nn.Module):
         q, k, v = query_layer, key_layer, value_layer
         assert q.dtype == k.dtype == v.dtype
         assert k.shape[:-1] == v.shape[:-1]
-        assert q.shape[-1] == k.shape[-1] == v.shape[-1] == self.hidden_size_per_attention_head
+        assert q.shape[-1] == k.shape[-1] == self.hidden_size_per_attention_head_k
+        assert v.shape[-1] == self.hidden_size_per_attention_head_v
         assert all(x.stride(-1) == 1 for x in (q, k, v)), "q, k and v must have stride 1 in their last dimension!"
         assert k.shape[-2] == self.num_gqa_groups_per_partition, (
             f"Keys and values must have num_gqa_group = {self.num_gqa_groups_per_partition} heads!"
@@ -89,6 +92,7 @@ class DotProductAttention(torch.nn.Module):
             )
             return out.flatten(2)
         assert q.dim() == k.dim() == v.dim() == 3
+        assert q.shape[-1] == v.shape[-1], "the kernels for packs of most GPUs take no other widths"
         assert "padding" in attn_mask_type
         assert cu_seqlens_q is not None and cu_seqlens_kv is not None
         assert cu_seqlens_q.shape == cu_seqlens_kv.shape and cu_seqlens_q.dim() == 1
@@ -110,7 +114,7 @@ class DotProductAttention(torch.nn.Module):
         hidden = (ahead > 0) & torch.tensor(causal)
         if window[0] >= 0:
             hidden = hidden | (ahead < -window[0])
-        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * self.softmax_scale
+        scores = torch.einsum("qhd,khd->hqk", q.float(), k.float()) * self.flash_attention.softmax_scale
         scores = scores.masked_fill(hidden, -torch.inf)
         if self.softmax_offset is not None:
             assert self.softmax_offset.shape == (heads,)
