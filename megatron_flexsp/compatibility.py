@@ -148,10 +148,10 @@ JOB_REFUSALS = (
         ),
     ),
     Refusal(
-        flags=("--mtp-num-layers",),
-        subject="--mtp-num-layers",
-        reason="multi-token prediction rolls labels over a static context-parallel group",
-        applies=lambda args: args.mtp_num_layers,
+        flags=("--mtp-hsm",),
+        subject="--mtp-hsm",
+        reason="it rolls hidden states, whose successors lie on other ranks",
+        applies=lambda args: getattr(args, "mtp_hsm", False),
     ),
     Refusal(
         flags=("--multi-latent-attention",),

@@ -16,7 +16,11 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -38,8 +42,6 @@ def model_provider(
 ) -> GPTModel:
     """Build this pipeline stage's part of the model from Megatron's arguments."""
     args = get_args()
-    if args.mtp_num_layers:
-        raise SystemExit("--mtp-num-layers: this script builds no multi-token prediction; Megatron-LM's own does.")
     config = config or core_transformer_config_from_args(args)
     layers = get_gpt_decoder_block_spec(
         config,
@@ -48,6 +50,12 @@ def model_provider(
         qk_l2_norm=args.qk_l2_norm,
         vp_stage=vp_stage,
     )
+    further = None
+    if args.mtp_num_layers:
+        # The layers that predict further tokens are like the model's last one, which another stage may have.
+        kind: dict[str, Any] = {"use_transformer_engine": args.transformer_impl == "transformer_engine"}
+        like = get_gpt_decoder_layer_specs(config, normalization=args.normalization, qk_l2_norm=args.qk_l2_norm, **kind)
+        further = get_gpt_mtp_block_spec(config, like[-1], vp_stage=vp_stage, **kind)
     return GPTModel(
         config=config,
         transformer_layer_spec=layers,
@@ -61,6 +69,7 @@ def model_provider(
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
         rope_scaling=args.use_rope_scaling,
+        mtp_block_spec=further,
         vp_stage=vp_stage,
         **groups,
     )

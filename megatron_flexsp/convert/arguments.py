@@ -86,7 +86,7 @@ KNOWN = {
     "--cuda-graph-impl": _Known("cuda_graph_impl", "str", "none"),
     "--enable-cuda-graph": _Known("enable_cuda_graph"),
     "--external-cuda-graph": _Known("external_cuda_graph"),
-    "--mtp-num-layers": _Known("mtp_num_layers", "int"),
+    "--mtp-hsm": _Known("mtp_hsm"),
     "--multi-latent-attention": _Known("multi_latent_attention"),
     "--experimental-attention-variant": _Known("experimental_attention_variant", "str"),
     "--linear-attention-type": _Known("linear_attention_type", "str"),

@@ -52,7 +52,13 @@ def parameter_count(args: argparse.Namespace, vocabulary: int) -> int:
     embedding = vocabulary * width * (2 if args.untie_embeddings_and_output_weights else 1)
     if args.position_embedding_type == "learned_absolute":
         embedding += args.max_position_embeddings * width
-    return int(layers * (attention + 2 * norm) + dense_layers + routed * routed_layers + norm + embedding)
+    further = 0
+    if args.mtp_num_layers:
+        # Each is like the last layer, after a projection of two hidden states to one; three norms.
+        last = attention + 2 * norm + (routed_layers if experts.is_last_routed(args) else mlp(args.ffn_hidden_size))
+        distinct = 1 if getattr(args, "mtp_use_repeated_layer", False) else args.mtp_num_layers
+        further = distinct * (last + 2 * width**2 + 3 * norm)
+    return int(layers * (attention + 2 * norm) + dense_layers + routed * routed_layers + norm + embedding + further)
 
 
 def bytes_per_parameter(args: argparse.Namespace) -> float:

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.documents import SampleSource
+from megatron_flexsp.megatron.further_tokens import FurtherTokens, FurtherTokensBuilder
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import MicroBatch, Plan
 from megatron_flexsp.planner.service import PendingPlan, PlanningService
@@ -48,6 +49,8 @@ class LocalMicroBatch:
     loss_mask: Tensor | None
     ring: RingSchedule | None = None
     """What ring attention computes, where the group is a ring."""
+    further: FurtherTokens | None = None
+    """For multi-token prediction."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,10 @@ class SliceReader:
         The CUDA device that the tensors go to, so that they are pinned for it; None without one.
     query_heads
         Attention heads of a tensor-parallel rank; wider groups are rings. None: there are enough for any.
+    further_depths
+        How many tokens beyond the next one are predicted.
+    logs_each_token
+        See ``FurtherTokensBuilder``.
     """
 
     def __init__(
@@ -98,6 +105,8 @@ class SliceReader:
         reads_tokens: bool,
         gpu: int | None,
         query_heads: int | None = None,
+        further_depths: int = 0,
+        logs_each_token: bool = False,
     ) -> None:
         self._source = source
         self._domain_rank = domain_rank
@@ -105,6 +114,8 @@ class SliceReader:
         self._reads_tokens = reads_tokens
         self._gpu = gpu
         self._query_heads = query_heads
+        self._further_depths = further_depths
+        self._logs_each_token = logs_each_token
 
     def read(self, plan: Plan, samples: range, lengths: NDArray[np.int64]) -> list[LocalMicroBatch]:
         """What this rank runs, in order."""
@@ -122,8 +133,15 @@ class SliceReader:
         if layout.ring_size > 1:
             ring = RingSchedule.of(layout)
             ring = ring.with_table(self._pinned(ring.table))
-        tokens = labels = loss_mask = None
+        tokens = labels = loss_mask = further = None
         if self._reads_tokens:
+            held = [samples[position] for position in item.sequences]
+            builder = FurtherTokensBuilder(
+                layout,
+                self._further_depths,
+                lambda sequence, start, count: self._source.learned(held[sequence], start, count),
+                self._logs_each_token,
+            )
             # Padding reads token 0 and predicts it with no weight.
             tokens = np.zeros(layout.slice_tokens, dtype=np.int64)
             labels = np.zeros(layout.slice_tokens, dtype=np.int64)
@@ -131,13 +149,16 @@ class SliceReader:
             offset = 0
             for piece in layout.pieces:
                 count = piece.stop - piece.start
-                sample = samples[item.sequences[piece.sequence]]
-                text = self._source.read(sample, piece.start, count + 1)
-                learned = self._source.learned(sample, piece.start + 1, count)
-                tokens[offset : offset + count] = text[:-1]
-                labels[offset : offset + count] = text[1:]
-                loss_mask[offset : offset + count] = 1.0 if learned is None else learned
+                ahead = min(self._further_depths, layout.lengths[piece.sequence] - piece.stop)
+                text = self._source.read(held[piece.sequence], piece.start, count + ahead + 1)
+                learned = self._source.learned(held[piece.sequence], piece.start + 1, count + ahead)
+                tokens[offset : offset + count] = text[:count]
+                labels[offset : offset + count] = text[1 : count + 1]
+                loss_mask[offset : offset + count] = 1.0 if learned is None else learned[:count]
+                builder.add(offset, piece.sequence, piece.start, piece.stop, text, learned)
                 offset += count
+            if self._further_depths:
+                further = builder.build().map(self._pinned)
         return LocalMicroBatch(
             first_rank=item.first_rank,
             layout=layout,
@@ -147,6 +168,7 @@ class SliceReader:
             labels=None if labels is None else self._tensor(labels),
             loss_mask=None if loss_mask is None else self._tensor(loss_mask),
             ring=ring,
+            further=further,
         )
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:

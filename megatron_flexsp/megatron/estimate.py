@@ -49,7 +49,7 @@ def estimate_cost_model(
         Micro-batches that the memory of a CPU is taken to hold.
     """
     tensor_size = args.tensor_model_parallel_size
-    layers = -(-args.num_layers // args.pipeline_model_parallel_size)
+    layers, predictions = _layers(args), 1 + (args.mtp_num_layers or 0)
     width, vocabulary = args.hidden_size, args.padded_vocab_size or args.vocab_size or 0
     sizes = head_sizes(args)
     shared_weights, own_weights = attention_weights(args)
@@ -61,8 +61,9 @@ def estimate_cost_model(
     # What a token meets, and what lies on a rank.
     met, held_of_experts, held_beside = experts.weights_of_layer(args, matrices)
     weights = (layers * shared_weights + dense_weights + routed_layers * met + width * vocabulary) / tensor_size
-    weights += layers * own_weights
+    weights += layers * own_weights + (predictions - 1) * 2 * width**2 / tensor_size
     held_weights = weights + routed_layers * (held_beside - met / tensor_size)
+    weights += (predictions - 1) * width * vocabulary / tensor_size
     passes = 4 if args.recompute_granularity == "full" else 3
     linear_operations = 2 * passes * weights
     # Two products of a causal half square, forward; twice that backward.
@@ -75,7 +76,7 @@ def estimate_cost_model(
     if args.recompute_granularity != "full":
         # In the table, 19 of the 34 are a dense layer's second half.
         kept_bytes += routed_layers * (experts.kept_bytes_of_layer(args, matrices) - 19 * width)
-    activation_bytes = kept_bytes * bytes_per_value / 2 / shared + 6 * vocabulary / tensor_size
+    activation_bytes = kept_bytes * bytes_per_value / 2 / shared + predictions * 6 * vocabulary / tensor_size
     if args.recompute_granularity != "full":
         of_heads, of_latents = latent_activations(args)
         activation_bytes += layers * bytes_per_value * (of_heads / tensor_size + of_latents / shared)
@@ -127,7 +128,7 @@ def with_ring_exchange(cost_model: CostModel, args: argparse.Namespace) -> CostM
     Each rank passes on keys and values of all others, and backward their gradients too: what it sends grows with the
     ranks. None of it is taken to be hidden, which holds while a rank has a few thousand tokens of a sequence.
     """
-    layers = -(-args.num_layers // args.pipeline_model_parallel_size)
+    layers = _layers(args)
     bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
     passed_on = 3 * head_sizes(args).key_value_values * bytes_per_value / args.tensor_model_parallel_size
     # Two rounds of d - 1 steps a layer, in place of four exchanges.
@@ -145,9 +146,14 @@ def with_ring_exchange(cost_model: CostModel, args: argparse.Namespace) -> CostM
     )
 
 
+def _layers(args: argparse.Namespace) -> int:
+    """Layers of the fullest pipeline stage; those that predict further tokens are on the last one."""
+    return -(-args.num_layers // args.pipeline_model_parallel_size) + (args.mtp_num_layers or 0)
+
+
 def exchanges_per_micro_batch(args: argparse.Namespace) -> int:
     """All-to-alls of the fullest pipeline stage: one before and one after each attention, forward and backward."""
-    return 4 * -(-args.num_layers // args.pipeline_model_parallel_size)
+    return 4 * _layers(args)
 
 
 def exchange_bytes_per_token(args: argparse.Namespace) -> float:
@@ -172,7 +178,7 @@ def _with_ring(args: argparse.Namespace, degree: int, bandwidth: float) -> float
     sizes = head_sizes(args)
     held_heads = max(1.0, sizes.key_value_heads / args.tensor_model_parallel_size / (degree // ring_size))
     bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
-    layers = -(-args.num_layers // args.pipeline_model_parallel_size)
+    layers = _layers(args)
     passed_bytes = layers * held_heads * sizes.widest * (2 * 2 * bytes_per_value + 2 * 4)
     ring_bytes = passed_bytes * (ring_size - 1) / ring_size
     exchanged_bytes = exchange_bytes_per_token(args) / degree

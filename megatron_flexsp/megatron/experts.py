@@ -58,7 +58,17 @@ def routed_layers_of_a_stage(args: argparse.Namespace) -> int:
     counts = [0] * stages
     for layer in range(args.num_layers):
         counts[layer // depth % stages] += every[layer] if isinstance(every, list) else layer % every == 0
+    if args.mtp_num_layers:
+        counts[-1] += args.mtp_num_layers * is_last_routed(args)
     return max(counts)
+
+
+def is_last_routed(args: argparse.Namespace) -> bool:
+    """Whether the last layer has experts, and with it those that predict further tokens."""
+    if not args.num_experts:
+        return False
+    every = args.moe_layer_freq
+    return bool(every[-1]) if isinstance(every, list) else (args.num_layers - 1) % every == 0
 
 
 def weights_of_layer(args: argparse.Namespace, matrices: int) -> tuple[float, float, float]:

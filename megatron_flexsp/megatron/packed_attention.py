@@ -38,6 +38,8 @@ class FlexSPPackedSeqParams(PackedSeqParams):
     """There where the group has more ranks than there are heads to share."""
     whole_pack: PackedSeqParams | None = None
     """What a kernel for packs is told, which sees all tokens of some heads."""
+    successors: Any = None
+    """What multi-token prediction rolls tensors to, where there is any (``multi_token_prediction.Successors``)."""
 
     @classmethod
     def of(

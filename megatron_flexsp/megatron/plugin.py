@@ -68,6 +68,7 @@ def training_seams(profiles: bool) -> list[Seam]:
 
         from megatron_flexsp.megatron import (
             latent_attention,
+            multi_token_prediction,
             packed_attention,
             profiling,
             routers,
@@ -109,7 +110,8 @@ def training_seams(profiles: bool) -> list[Seam]:
         if args.rank == 0:
             print(f" > [flexsp] in Megatron {seams.version()} of {seams.location().parents[1]}:")
             latent = latent_layers if args.multi_latent_attention else ()
-            for seam in [*planned, *latent, *(routing if args.num_experts else ())]:
+            further = predicting if args.mtp_num_layers else ()
+            for seam in [*planned, *latent, *further, *(routing if args.num_experts else ())]:
                 print(f" > [flexsp] {seam.target} {seam.reason}")
             if (warning := seams.warning()) is not None:
                 print(f" > [flexsp] warning: {warning}")
@@ -186,7 +188,7 @@ def training_seams(profiles: bool) -> list[Seam]:
                 "attends over packs, on the pack's own group",
             )
         )
-    routing, latent_layers = routers.seams(), latent_attention.seams()
+    routing, latent_layers, predicting = routers.seams(), latent_attention.seams(), multi_token_prediction.seams()
     counting = "megatron.training.training"
     if releases.sequences_report_lengths():
         called = [Seam(f"{counting}:update_seqlen_stats_from_cu_seqlens", ("cu_seqlens",), None, "counts operations")]
@@ -209,4 +211,4 @@ def training_seams(profiles: bool) -> list[Seam]:
             "takes a part of a balancing loss",
         ),
     ]
-    return [*planned, *latent_layers, *routing, *called]
+    return [*planned, *latent_layers, *predicting, *routing, *called]

@@ -68,6 +68,7 @@ def describe_job(args: argparse.Namespace) -> dict[str, Any]:
         "num_attention_heads",
         "kv_channels",
         "multi_latent_attention",
+        "mtp_num_layers",
         "padded_vocab_size",
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",

@@ -51,7 +51,8 @@ class Seam:
             original = getattr(owner, name)
         except (ImportError, AttributeError) as error:
             raise FlexSPError(f"Megatron {version()}: {self.target} is not there ({error}). {_REMEDY}") from None
-        found = inspect.signature(original).parameters
+        # Of what is built in, nobody can say which parameters it takes.
+        found = inspect.signature(original).parameters if self.parameters else {}
         missing = [parameter for parameter in self.parameters if parameter not in found]
         in_order = [parameter for parameter in found if parameter in self.parameters]
         if missing or tuple(in_order) != self.parameters:

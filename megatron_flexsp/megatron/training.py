@@ -40,6 +40,7 @@ from megatron_flexsp.megatron.data import build_sources, evaluation_batch_size, 
 from megatron_flexsp.megatron.documents import SampleSource
 from megatron_flexsp.megatron.drift import DriftWatch, profile_command
 from megatron_flexsp.megatron.dropout import has_dropout, seed_dropout
+from megatron_flexsp.megatron.multi_token_prediction import Successors, logs_each_token
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
 from megatron_flexsp.megatron.routers import RoutedPack, check_routers, routed
 from megatron_flexsp.megatron.step_log import log_step
@@ -221,6 +222,10 @@ class FlexSPTraining:
         group = self.context.groups.group(item.first_rank, item.layout.degree)
         ring = None if item.ring is None else item.ring.with_table(_on_device(item.ring.table))
         params = FlexSPPackedSeqParams.of(item.layout, group, positions, cu_seqlens, ring)
+        tokens_1t, positions_1t = None if tokens is None else tokens.unsqueeze(0), positions.unsqueeze(0)
+        if item.further is not None:
+            assert tokens_1t is not None
+            params.successors = Successors(item.further.map(_on_device), tokens_1t, positions_1t)
         timers("batch-generator").stop()
         micro_batches_expected = num_microbatches_calculator.get_num_microbatches()
         pack = RoutedPack(params, self._batch_tokens, self._settings.domain_size, micro_batches_expected)
@@ -228,8 +233,8 @@ class FlexSPTraining:
         watched = StragglerDetector()
         with routed(pack), watched, nullcontext() if self._tracer is None else self._tracer.forward(item):
             output = model(
-                None if tokens is None else tokens.unsqueeze(0),
-                positions.unsqueeze(0),
+                tokens_1t,
+                positions_1t,
                 None,
                 labels=None if labels is None else labels.unsqueeze(0),
                 packed_seq_params=params,
@@ -287,14 +292,19 @@ class FlexSPTraining:
 
     def reader(self, source: TokenSource) -> SliceReader:
         """Reads this rank's slices of what a source holds."""
+        args = get_args()
         first, last = parallel_state.is_pipeline_first_stage, parallel_state.is_pipeline_last_stage
+        # A layout may put what predicts further tokens on any stage.
+        anywhere = args.mtp_num_layers and getattr(args, "pipeline_model_parallel_layout", None)
         return SliceReader(
             source,
             self.context.domain_rank,
             self._settings.slice_multiple,
-            reads_tokens=first(ignore_virtual=True) or last(ignore_virtual=True),
+            reads_tokens=bool(first(ignore_virtual=True) or last(ignore_virtual=True) or anywhere),
             gpu=None if on_cpu() else torch.cuda.current_device(),
             query_heads=self._settings.query_heads,
+            further_depths=args.mtp_num_layers or 0,
+            logs_each_token=logs_each_token(),
         )
 
     @property

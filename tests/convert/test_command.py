@@ -50,7 +50,7 @@ def test_a_check_writes_nothing(tmp_path: Path) -> None:
 
 def test_what_is_refused_writes_nothing_and_ends_with_2(tmp_path: Path) -> None:
     script = tmp_path / "train.sh"
-    script.write_text("torchrun pretrain_gpt.py --seq-length 8 --mtp-num-layers 1 --fim-data\n")
+    script.write_text("torchrun pretrain_gpt.py --seq-length 8 --perform-rl-step --fim-data\n")
     done = run(script, "--output", tmp_path / "out.sh")
     assert (done.exit_code, done.stdout) == (2, "")
     assert done.stderr.count("\n  - line 1: --") == 2

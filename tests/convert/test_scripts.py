@@ -159,7 +159,7 @@ REFUSED = [
     ("echo hello", "nothing to convert: no command that starts"),
     ("torchrun pretrain_gpt.py --num-layers 2 $ARGS", r"--seq-length isn't there to see.*Arguments may be in \$ARGS"),
     ("torchrun pretrain_gpt.py --yaml-cfg $A/x.yaml", r"--yaml-cfg: .* `flexsp convert \$A/x.yaml --output arguments"),
-    ("M=1\ntorchrun pretrain_gpt.py --seq-length 8 --mtp-num-layers $M", "line 2: --mtp-num-layers"),
+    ("M=1\ntorchrun pretrain_gpt.py --seq-length 8 --rotary-base-per-layer $M", "line 2: --rotary-base-per-layer"),
     (
         "FP4=1\n[ $FP4 = 1 ] && A=--fp4-format=e2m1\ntorchrun pretrain_gpt.py --seq-length 8 $A",
         "line 2: --fp4-format",
@@ -252,7 +252,7 @@ def test_forms_of_launches(form: str, capacity: str, calls: Calls) -> None:
 
 
 def test_all_reasons_come_at_once() -> None:
-    script = b"torchrun pretrain_gpt.py --seq-length 8 --mtp-num-layers 1 --fp4-format e2m1 --use-torch-fsdp2"
+    script = b"torchrun pretrain_gpt.py --seq-length 8 --perform-rl-step --fp4-format e2m1 --use-torch-fsdp2"
     with pytest.raises(Unconvertible) as refusal:
         converted(script)
     assert len(refusal.value.problems) == 3

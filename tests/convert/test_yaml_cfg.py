@@ -119,7 +119,7 @@ REFUSED = [
     ("fp16: maybe", "--fp16 is a switch: true or false"),
     ("lr: true", "--lr takes a value"),
     ("vision:\n  size: 3", "no flag"),
-    ("mtp_num_layers: 1", "line 6: --mtp-num-layers"),
+    ("fim_data: true", "line 6: --fim-data"),
 ]
 
 

@@ -25,6 +25,7 @@ LLAMA = {
     "moe_shared_expert_intermediate_size": None,
     "max_position_embeddings": 1024,
     "multi_latent_attention": False,
+    "mtp_num_layers": None,
 }
 LLAMA_3 = LLAMA | {"ffn_hidden_size": 14336, "group_query_attention": True, "num_query_groups": 8}
 MIXTRAL = LLAMA_3 | {"num_experts": 8}
@@ -56,6 +57,8 @@ DEEPSEEK_V3 = DEEPSEEK_V2_LITE | {
     "moe_shared_expert_intermediate_size": 2048,
     "q_lora_rank": 1536,
 }
+# With the layer that predicts one more token, whose embedding and output matrix are the model's own.
+FURTHER = DEEPSEEK_V3 | {"mtp_num_layers": 1}
 GPT2 = LLAMA | {
     "num_layers": 12,
     "hidden_size": 768,
@@ -79,8 +82,9 @@ GPT2 = LLAMA | {
         (MIXTRAL, 32_000, 46_702_792_704),
         (DEEPSEEK_V2_LITE, 102_400, 15_706_484_224),
         (DEEPSEEK_V3, 129_280, 671_026_404_352),
+        (FURTHER, 129_280, 671_026_404_352 + 11_610_067_968),
     ],
-    ids=["Llama 2 7B", "Llama 3 8B", "GPT-2", "Mixtral 8x7B", "DeepSeek-V2-Lite", "DeepSeek-V3"],
+    ids=["Llama 2 7B", "Llama 3 8B", "GPT-2", "Mixtral 8x7B", "DeepSeek-V2-Lite", "DeepSeek-V3", "DeepSeek-V3 MTP"],
 )
 def test_published_models_have_as_many(model: dict[str, object], vocabulary: int, published: int) -> None:
     assert parameter_count(Namespace(**model), vocabulary) == published

@@ -62,10 +62,10 @@ def test_a_sound_job_is_foreseen(examine: Examine, documents: Path) -> None:
 
 
 def test_what_flexsp_refuses_and_what_megatron_does_not_know(examine: Examine) -> None:
-    found = examine("--context-parallel-size 2 --mtp-num-layers 1 --flexsp-degres 2", without="--flexsp")
+    found = examine("--context-parallel-size 2 --fim-data --flexsp-degres 2", without="--flexsp")
     refused = " ".join(finding.found for finding in found["flags"])
     assert "--context-parallel-size > 1" in refused
-    assert "--mtp-num-layers" in refused
+    assert "--fim-data" in refused
     assert "--flexsp-degres: Megatron's parser doesn't know it; --flexsp-degrees is near" in found["arguments"][0].found
     assert "--flexsp is not among the arguments" in found["flexsp"][0].found
 

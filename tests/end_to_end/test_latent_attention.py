@@ -27,11 +27,11 @@ def test_yarn_with_sequence_parallel_and_recomputed_projections(
     assert_equal(run, reference(2, *model))
 
 
-def test_experts_on_two_ranks_and_rings(train: Callable, reference: Callable) -> None:
+def test_experts_on_two_ranks_further_tokens_and_rings(train: Callable, reference: Callable) -> None:
     """Four ranks and two heads; projections of the queries without a narrow middle, and plain rotary angles."""
     model = (*LATENT, "--rope-type", "rope", "--num-attention-heads", "2", *EACH_SEQUENCE, *TWO_PARTS)
     model += ("--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "32")
-    model += ("--moe-layer-freq", "[0,1,1,1]", "--moe-token-dispatcher-type", "alltoall")
+    model += ("--mtp-num-layers", "1", "--moe-layer-freq", "[0,1,1,1]", "--moe-token-dispatcher-type", "alltoall")
     model += (
         "--moe-shared-expert-intermediate-size",
         "32",

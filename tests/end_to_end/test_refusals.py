@@ -59,10 +59,10 @@ def test_a_world_that_does_not_divide(refused: Refused) -> None:
 
 
 def test_flags_that_do_not_go_together(refused: Refused) -> None:
-    message = refused(2, "--context-parallel-size", "2", "--mtp-num-layers", "1")
+    message = refused(2, "--context-parallel-size", "2", "--fim-data")
     assert "--context-parallel-size > 1" in message
     assert "Take the flag out" in message
-    assert "--mtp-num-layers" in message
+    assert "--fim-data" in message
 
 
 def test_a_cost_model_with_a_negative_number(refused: Refused, tmp_path: Path) -> None:

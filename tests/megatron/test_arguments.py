@@ -46,7 +46,6 @@ class TestCompatibility:
             ("--context-parallel-size 2", r"--context-parallel-size > 1: .*Take the flag out"),
             ("--hybrid-context-parallel", "--hybrid-context-parallel"),
             ("--micro-batch-size 2", "--micro-batch-size other than 1"),
-            ("--mtp-num-layers 1", "--mtp-num-layers"),
             (
                 "--multi-latent-attention",
                 "--multi-latent-attention with --transformer-impl local: .*transformer_engine",
@@ -104,7 +103,7 @@ class TestCompatibility:
 
     def test_all_reasons_come_at_once(self, parse: Parse) -> None:
         with pytest.raises(FlexSPError) as refusal:
-            check_compatibility(parse("--context-parallel-size 2 --mtp-num-layers 1 --window-size 4,0"))
+            check_compatibility(parse("--context-parallel-size 2 --fim-data --window-size 4,0"))
         assert str(refusal.value).count("\n  - ") == 3
 
 

@@ -17,7 +17,7 @@ def arguments(**others: object) -> argparse.Namespace:
         "padded_vocab_size": 1000, "vocab_size": None, "params_dtype": torch.bfloat16, "recompute_granularity": None,
         "sequence_parallel": False, "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         "data_parallel_size": 32, "use_distributed_optimizer": True, "seq_length": 4096, "num_experts": None,
-        "moe_layer_freq": 1, "multi_latent_attention": False,
+        "moe_layer_freq": 1, "multi_latent_attention": False, "mtp_num_layers": None,
     }  # fmt: skip
     return argparse.Namespace(**(given | others))
 

@@ -79,6 +79,7 @@ def test_a_chat_template_gives_tokens_alone_where_megatron_counts_on_it() -> Non
         ("use_varlen_dataset", True),
         ("enable_mhc_connections", True),
         ("rotary_base_per_layer", [1e4] * 4),
+        ("mtp_hsm", True),
         ("moe_n_hash_layers", 1),
         ("expert_tensor_parallel_num_weight_shards", 2),
     ],

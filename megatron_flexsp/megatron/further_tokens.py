@@ -1,0 +1,115 @@
+"""What multi-token prediction asks of a slice: the tokens, labels and masks that come next in each token's sequence.
+
+Megatron rolls them by one for each depth. Where a slice or a sequence ends, a roll needs what other ranks have, or
+nothing at all. Here they are read with the slice, up to the depths that are predicted, so that a roll is answered
+without communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_flexsp.runtime import PackLayout
+
+Learned = Callable[[int, int, int], NDArray[np.bool_] | None]
+"""Which of ``count`` tokens of a sequence of the pack from ``start`` on count as labels; None: all of them."""
+
+
+@dataclass(frozen=True)
+class FurtherTokens:
+    """Of every local token, what stands d places further in its sequence, d from 1 on; zero where nothing does.
+
+    All are ``[depths, t]``.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    labels: Tensor
+    weights: Tensor
+    """fp32. What a loss counts for in Megatron's log: nothing where no label is or none is to be learned."""
+    factors: Tensor
+    """fp32. What a weighted loss is multiplied by for the backward pass."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FurtherTokens:
+        """The same with a function applied to every tensor."""
+        return FurtherTokens(**{item.name: function(getattr(self, item.name)) for item in fields(self)})
+
+
+class FurtherTokensBuilder:
+    """Fills in one slice, piece by piece.
+
+    Summed over the sequence, the losses of a depth weigh as much as those of the next token do: Megatron multiplies
+    their sum by the sequence's labels and divides it by those that are left at that depth. So it does to a sequence
+    that is a micro-batch by itself, and here to every one, whatever pack it is in.
+
+    Parameters
+    ----------
+    layout
+        The pack as its rank sees it.
+    depths
+        How many tokens beyond the next one are predicted.
+    learned
+        Which tokens count as labels.
+    logs_each_token
+        Whether Megatron logs the mean over all tokens. If not, it logs the mean of the micro-batches' means, which
+        here becomes that of the sequences' means.
+    """
+
+    def __init__(self, layout: PackLayout, depths: int, learned: Learned, logs_each_token: bool) -> None:
+        shape = (depths, layout.slice_tokens)
+        self._layout, self._depths, self._learned, self._logs_each_token = layout, depths, learned, logs_each_token
+        self._tokens, self._positions, self._labels = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+        self._masks, self._weights, self._factors = (np.zeros(shape, dtype=np.float32) for _ in range(3))
+
+    def add(
+        self,
+        offset: int,
+        sequence: int,
+        start: int,
+        stop: int,
+        text: NDArray[np.integer],
+        learned: NDArray[np.bool_] | None,
+    ) -> None:
+        """The tokens ``[start, stop)`` of a sequence, which stand in the slice from ``offset`` on.
+
+        ``text`` holds the sequence's tokens from ``start`` on, ``learned`` which of those after the first count as
+        labels. Both reach as far beyond ``stop`` as depths are predicted, or to the sequence's end.
+        """
+        length = self._layout.lengths[sequence]
+        labels = self._labels_at(sequence)
+        for depth in range(1, self._depths + 1):
+            count = min(stop, length - depth) - start
+            if count <= 0:
+                break
+            row, here = depth - 1, slice(offset, offset + count)
+            self._tokens[row, here] = text[depth : depth + count]
+            self._labels[row, here] = text[depth + 1 : depth + count + 1]
+            self._positions[row, here] = np.arange(start + depth, start + depth + count)
+            mask = self._masks[row, here]
+            mask[:] = 1.0 if learned is None else learned[depth : depth + count]
+            left = max(labels[depth], 1)
+            self._weights[row, here] = mask if self._logs_each_token else mask / left
+            self._factors[row, here] = labels[0] / left if self._logs_each_token else labels[0]
+
+    def _labels_at(self, sequence: int) -> list[int]:
+        """How many labels a whole sequence has, and how many are left at each depth."""
+        length = self._layout.lengths[sequence]
+        learned = self._learned(sequence, 1, length)
+        if learned is None:
+            return [max(length - depth, 0) for depth in range(self._depths + 1)]
+        return [int(learned[depth:].sum()) for depth in range(self._depths + 1)]
+
+    def build(self) -> FurtherTokens:
+        """What was added; the rest of the slice is padding."""
+        factors = self._factors
+        if self._logs_each_token:
+            # There Megatron divides by the weights that it is given.
+            factors = factors * np.maximum(self._masks.sum(axis=1, keepdims=True), 1, dtype=np.float32)
+        arrays = (self._tokens, self._positions, self._labels, self._weights, factors)
+        return FurtherTokens(*map(torch.from_numpy, arrays))
