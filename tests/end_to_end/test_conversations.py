@@ -9,6 +9,7 @@ import pytest
 
 from .conftest import LLAMA, Run
 from .test_equality import UNEQUAL, assert_equal
+from .test_multi_token_prediction import further_losses
 
 WORDS = [f"w{number}" for number in range(200)]
 MARKS = ["<unk>", "<SPECIAL_233>", "<SPECIAL_10>System", "<SPECIAL_11>User", "<SPECIAL_11>Assistant"]
@@ -59,10 +60,14 @@ def sft(tokenizer: Path, conversations: Path) -> tuple[str, ...]:
 
 
 def test_any_plan_equals_one_conversation_at_a_time(sft: tuple[str, ...], train: Callable, reference: Callable) -> None:
-    run: Run = train(4, *sft, plan=UNEQUAL, gradients=True)
+    """Further tokens too: of what is learned at the next one, less and less is left at each depth."""
+    model = (*sft, "--mtp-num-layers", "2")
+    run: Run = train(4, *model, plan=UNEQUAL, gradients=True)
     became = "40 conversations -> 39 sequences, longest 48 tokens; 1 with nothing to predict and skipped, "
     assert became + "1 longer than --seq-length (truncate)" in run.output
-    assert_equal(run, reference(1, *sft))
+    expected = reference(1, *model)
+    assert_equal(run, expected)
+    assert further_losses(run) == pytest.approx(further_losses(expected), rel=1e-5)
 
 
 def test_a_second_run_tokenises_nothing(sft: tuple[str, ...], train: Callable, conversations: Path) -> None:
