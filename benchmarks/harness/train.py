@@ -45,7 +45,7 @@ class ExchangeMeter:
     exchange: Callable[..., Any]
     ranks_per_host: int
     seconds: float = 0.0
-    """From call to return: bytes on their way, and waiting for the other ranks."""
+    """In calls and in waits for them: bytes on their way, and waiting for the other ranks."""
     cpu_seconds: float = 0.0
     """What this process, its communication thread included, computed meanwhile."""
     link_bytes: float = 0.0
@@ -57,12 +57,17 @@ class ExchangeMeter:
         self.seconds = self.cpu_seconds = self.link_bytes = 0.0
 
     def __call__(self, output: torch.Tensor, input: torch.Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+        with self._counting():
+            work = self.exchange(output, input, *args, group=group, **kwargs)
+        self.link_bytes += input.numel() * input.element_size() * self._link_share(group)
+        return None if work is None else _MeteredWork(work, self)
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
         started, cpu_started = time.perf_counter(), time.process_time()
-        work = self.exchange(output, input, *args, group=group, **kwargs)
+        yield
         self.seconds += time.perf_counter() - started
         self.cpu_seconds += time.process_time() - cpu_started
-        self.link_bytes += input.numel() * input.element_size() * self._link_share(group)
-        return work
 
     def _link_share(self, group: Any) -> float:
         """The share of the group's ranks that are on another host."""
@@ -72,6 +77,16 @@ class ExchangeMeter:
             elsewhere = sum(rank // self.ranks_per_host != here for rank in ranks)
             self._link_shares[group] = elsewhere / len(ranks)
         return self._link_shares[group]
+
+
+@dataclass(frozen=True)
+class _MeteredWork:
+    work: Any
+    meter: ExchangeMeter
+
+    def wait(self) -> None:
+        with self.meter._counting():
+            self.work.wait()
 
 
 class AlternatingPlanner:

@@ -71,6 +71,15 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "What fitted before is a good start: micro-batch size x sequence length / context-parallel size.",
     )
     group.add_argument(
+        "--flexsp-exchange-parts",
+        type=int,
+        default=1,
+        metavar="PARTS",
+        help="Exchange the attention heads of a group in so many parts, or as many as they divide into, so that the "
+        "exchange of one part hides behind the attention of another. Pays where wide groups wait long for their "
+        "all-to-alls; costs more and smaller kernels.",
+    )
+    group.add_argument(
         "--flexsp-overlong",
         choices=OVERLONG,
         help="What becomes of documents longer than --seq-length. split (the default): consecutive pieces, each a "
@@ -132,6 +141,8 @@ class Settings:
     cost_model: CostModel | None
     """The measured one, if a file was given."""
     max_tokens_per_rank: int | None
+    exchange_parts: int
+    """In how many parts heads are exchanged, at most."""
     overlong: str
     autotune: bool
     """Refit the cost model to the job's own steps."""
@@ -226,6 +237,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         )
     for flag, value, least in (
         ("--flexsp-plan-ahead", args.flexsp_plan_ahead, 1),
+        ("--flexsp-exchange-parts", args.flexsp_exchange_parts, 1),
         ("--flexsp-solver-time-limit", args.flexsp_solver_time_limit, 0),
         ("--flexsp-profile-seconds", args.flexsp_profile_seconds, 0),
         ("--flexsp-max-tokens-per-rank", args.flexsp_max_tokens_per_rank, 1),
@@ -273,6 +285,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         degrees=_degrees(args, domain_size, cost_model),
         cost_model=cost_model,
         max_tokens_per_rank=args.flexsp_max_tokens_per_rank,
+        exchange_parts=args.flexsp_exchange_parts,
         overlong=args.flexsp_overlong or ("truncate" if sft else "split"),
         autotune=args.flexsp_autotune and args.flexsp_profile is None,
         sft=sft,

@@ -40,6 +40,8 @@ class FlexSPPackedSeqParams(PackedSeqParams):
     """What a kernel for packs is told, which sees all tokens of some heads."""
     successors: Any = None
     """What multi-token prediction rolls tensors to, where there is any (``multi_token_prediction.Successors``)."""
+    parts: int = 1
+    """In how many parts heads are exchanged, at most; 1 in a ring, whose transfers hide behind attention already."""
 
     @classmethod
     def of(
@@ -49,6 +51,7 @@ class FlexSPPackedSeqParams(PackedSeqParams):
         positions: Tensor,
         cu_seqlens: Tensor,
         ring: RingSchedule | None,
+        parts: int = 1,
     ) -> FlexSPPackedSeqParams:
         """Of one micro-batch; ``positions``, the whole pack's ``cu_seqlens`` and the ring's table are on the device."""
         # The pack's padding is a segment of its own, so that nothing of it stays unwritten.
@@ -60,7 +63,14 @@ class FlexSPPackedSeqParams(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-        return cls(layout=layout, group=group, positions=positions, ring=ring, whole_pack=whole_pack)
+        return cls(
+            layout=layout,
+            group=group,
+            positions=positions,
+            ring=ring,
+            whole_pack=whole_pack,
+            parts=parts if ring is None else 1,
+        )
 
 
 class PackedLength(int):
@@ -97,7 +107,7 @@ def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     ) -> Tensor:
         if not isinstance(packed_seq_params, FlexSPPackedSeqParams):
             return original(self, query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params)
-        layout, group = packed_seq_params.layout, packed_seq_params.group
+        layout, group, parts = packed_seq_params.layout, packed_seq_params.group, packed_seq_params.parts
         assert layout is not None and group is not None
         # Under query-key layer scaling Megatron divides the scores by the layer's number and multiplies
         # by it inside the softmax; together that is one factor.
@@ -116,7 +126,7 @@ def attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         else:
             kernel = partial(ring_attention, schedule=packed_seq_params.ring, group=group, softmax_scale=scale)
         with random_states:
-            out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
+            out_tHD = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel, parts)
         return out_tHD.reshape(query.shape[0], 1, -1)
 
     return forward

@@ -78,6 +78,7 @@ def describe_job(args: argparse.Namespace) -> dict[str, Any]:
         "sequence_parallel",
         "recompute_granularity",
         "transformer_impl",
+        "flexsp_exchange_parts",
     )
     latent = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
     job = {name: getattr(args, name, None) for name in names + latent * bool(args.multi_latent_attention)}

@@ -53,7 +53,9 @@ def te_attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tenso
         # For packs, few kernels take values of another width than queries, and none on every GPU. Megatron widens
         # them too, for packs of its own. Here they travel as they are.
         kernel = at_one_width(kernel)
-        out_tHE = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel)
+        # An offset of each head would have to know which heads are the part's.
+        parts = packed_seq_params.parts if self.softmax_offset is None else 1
+        out_tHE = ulysses_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), group, kernel, parts)
         return out_tHE.reshape(query.shape[0], 1, -1)
 
     return forward

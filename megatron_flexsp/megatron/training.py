@@ -221,7 +221,9 @@ class FlexSPTraining:
         assert positions is not None and cu_seqlens is not None
         group = self.context.groups.group(item.first_rank, item.layout.degree)
         ring = None if item.ring is None else item.ring.with_table(_on_device(item.ring.table))
-        params = FlexSPPackedSeqParams.of(item.layout, group, positions, cu_seqlens, ring)
+        params = FlexSPPackedSeqParams.of(
+            item.layout, group, positions, cu_seqlens, ring, self._settings.exchange_parts
+        )
         tokens_1t, positions_1t = None if tokens is None else tokens.unsqueeze(0), positions.unsqueeze(0)
         if item.further is not None:
             assert tokens_1t is not None

@@ -46,8 +46,12 @@ class SequenceGroup:
         """This rank's block in the ring."""
         return self.member // self.block_size
 
-    def exchange_in_block(self, outgoing: Tensor) -> Tensor:
-        """Row ``i`` of ``outgoing``, ``[block_size, ...]``, goes to the block's rank ``i``; theirs come back."""
+    def begin_exchange_in_block(self, outgoing: Tensor, aside: bool) -> PendingExchange:
+        """Begin to send row ``i`` of ``outgoing``, ``[block_size, ...]``, to the block's rank ``i``.
+
+        ``aside``: on a GPU in a stream of its own, so that compute goes on meanwhile. Otherwise what is launched
+        afterwards waits for it, which spares the streams to wait for each other.
+        """
         # Both buffers must be dense in memory order. empty_like() of a transposed view would keep the
         # view's strides, and the collective, which sees bare memory, would deliver scrambled rows.
         outgoing = outgoing.contiguous()
@@ -56,8 +60,12 @@ class SequenceGroup:
         if self.ring_size > 1:
             first = self.block * self.block_size
             rows = [int(first <= member < first + self.block_size) for member in range(self.degree)]
-        dist.all_to_all_single(incoming, outgoing, rows, rows, group=self.process_group)
-        return incoming
+        work = dist.all_to_all_single(incoming, outgoing, rows, rows, group=self.process_group, async_op=aside)
+        return PendingExchange(incoming, outgoing, work)
+
+    def exchange_in_block(self, outgoing: Tensor) -> Tensor:
+        """The same, ended: the rows of all ranks for this one, in their order."""
+        return self.begin_exchange_in_block(outgoing, aside=False).wait()
 
     def pass_on(self, *outgoing: Tensor) -> PendingRing:
         """Begin to send tensors to the ring's next block, and to receive as many from the one before.
@@ -77,6 +85,21 @@ class SequenceGroup:
             ]
         )
         return PendingRing(incoming, outgoing, works)
+
+
+@dataclass(frozen=True)
+class PendingExchange:
+    """An all-to-all that is under way. What is sent must not change, nor what comes be read, before ``wait``."""
+
+    incoming: Tensor
+    outgoing: Tensor
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """What has come. On a GPU the stream waits, not the host."""
+        if self.work is not None:
+            self.work.wait()
+        return self.incoming
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ def test_distributed_optimizer_with_both_overlaps(train: Callable, reference: Ca
     assert_equal(run, reference(1, *GQA))
 
 
-def test_full_recompute(train: Callable, reference: Callable) -> None:
-    run = train(4, *GQA, *FULL, plan=UNEQUAL, gradients=True)
+def test_full_recompute_and_exchange_in_parts(train: Callable, reference: Callable) -> None:
+    run = train(4, *GQA, *FULL, "--flexsp-exchange-parts", "2", plan=UNEQUAL, gradients=True)
     assert_equal(run, reference(1, *GQA))
 
 
@@ -135,7 +135,7 @@ class TestTransformerEngine:
     """Megatron's real TEDotProductAttention and layers over the stand-in for Transformer Engine."""
 
     def test_any_plan(self, train: Callable, reference: Callable) -> None:
-        run = train(4, *GQA, *TRANSFORMER_ENGINE, plan=UNEQUAL, gradients=True)
+        run = train(4, *GQA, *TRANSFORMER_ENGINE, "--flexsp-exchange-parts", "2", plan=UNEQUAL, gradients=True)
         expected = reference(1, *GQA, *TRANSFORMER_ENGINE)
         assert_equal(run, expected)
         # And the stand-in is the same mathematics as Megatron's own layers.

@@ -15,6 +15,7 @@ class Case:
     slice_multiple: int = 1
     value_width: int = 8
     """Queries and keys are 8 wide."""
+    parts: int = 1
 
     @property
     def name(self) -> str:
@@ -22,6 +23,7 @@ class Case:
         words += ["lengths " + "+".join(map(str, self.lengths)), self.dtype]
         words += ["transposed"] * self.transposed + [f"slices of {self.slice_multiple}s"] * (self.slice_multiple > 1)
         words += [f"values {self.value_width} wide"] * (self.value_width != 8)
+        words += [f"{self.parts} parts"] * (self.parts > 1)
         return ", ".join(words)
 
 
@@ -59,4 +61,16 @@ CASES += [
     Case(4, 8, 8, value_width=16, dtype="bfloat16", transposed=True),
     # In rings.
     *[Case(4, 2, 2, value_width=width) for width in (4, 16)],
+]
+
+# Exchanged in parts: key/value heads of each part's own, shared by parts, sent to several ranks, or one part after all.
+CASES += [
+    *[Case(2, 8, few, parts=parts) for few in (8, 4, 2, 1) for parts in (2, 4)],
+    *[Case(4, 8, few, parts=2, value_width=6) for few in (8, 4, 1)],
+    Case(2, 12, 6, parts=3, transposed=True),
+    Case(2, 12, 4, parts=4),
+    Case(4, 8, 8, parts=3),
+    Case(4, 4, 4, parts=2),
+    Case(4, 8, 2, parts=2, dtype="bfloat16", transposed=True),
+    Case(4, 2, 1, parts=2),
 ]

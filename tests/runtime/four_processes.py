@@ -29,6 +29,7 @@ from megatron_flexsp.runtime import (
     ulysses_attention,
 )
 from megatron_flexsp.runtime.attention import packed_causal_attention
+from megatron_flexsp.runtime.groups import PendingExchange
 from megatron_flexsp.runtime.ulysses import Kernel
 from tests.runtime.cases import CASES, Case
 from tests.runtime.dense import dense_attention
@@ -48,6 +49,7 @@ def main() -> None:
     seen["two domains"] = described(two_domains, created)
     seen["sums"] = [sum_over(one_domain, 0, 4), sum_over(two_domains, 0, 2)]
     seen["hosts"] = {str(fan_out): told_through(fan_out) for fan_out in (2, 3, 64)}
+    seen["order"] = order_of_events(one_domain.group(0, 4))
     three = dist.new_group([0, 1, 2])
     seen["differences"] = {case.name: differences(case, one_domain, three) for case in CASES}
     Path(sys.argv[1], f"rank{rank}.json").write_text(json.dumps(seen))
@@ -148,7 +150,7 @@ def differences(case: Case, made: GroupPool, three: dist.ProcessGroup) -> dict[s
         schedule = schedule.with_table(schedule.table.to(DEVICE))
         kernel = at_one_width(partial(ring_attention, schedule=schedule, group=group, softmax_scale=SCALE))
     inputs = [x.requires_grad_() for x in parts[:3]]
-    out = ulysses_attention(*inputs, group, kernel)
+    out = ulysses_attention(*inputs, group, kernel, case.parts)
     found = [out, *torch.autograd.grad(out, inputs, parts[3])]
     assert all(bool(x.isfinite().all()) for x in found)
     shares = {}
@@ -157,6 +159,43 @@ def differences(case: Case, made: GroupPool, three: dist.ProcessGroup) -> dict[s
         distances = (mine.detach()[: len(here)].float().cpu() - all_of_it.detach()[here]).abs()
         shares[name] = float(distances.max()) / largest if here else 0.0
     return shares
+
+
+def order_of_events(group: SequenceGroup) -> list[str]:
+    """What happens in two parts, forward and backward."""
+    events: list[str] = []
+
+    class Watched(SequenceGroup):
+        def begin_exchange_in_block(self, outgoing: Tensor, aside: bool) -> PendingExchange:
+            events.append("begin")
+            pending = super().begin_exchange_in_block(outgoing, aside)
+            assert pending.work is not None
+            work = pending.work
+
+            class WatchedWork:
+                def wait(self) -> None:
+                    events.append("end")
+                    work.wait()
+
+            return replace(pending, work=WatchedWork())
+
+    class Attend(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            events.append("attend")
+            return q + k + v
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+            events.append("attend")
+            return gradients * 3
+
+    q, k, v = (torch.ones(2, 8, WIDTH, requires_grad=True) for _ in range(3))
+    watched = Watched(group.degree, group.member, group.process_group)
+    out = ulysses_attention(q, k, v, watched, Attend.apply, parts=2)
+    events.append("loss")
+    out.sum().backward()
+    return events
 
 
 def padded(x_nHD: Tensor, tokens: int) -> Tensor:

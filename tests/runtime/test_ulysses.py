@@ -26,3 +26,10 @@ def test_key_value_heads_are_repeated_only_as_often_as_they_must(
     key_value_heads: int, degree: int, needed: int
 ) -> None:
     assert key_value_heads_needed(key_value_heads, degree) == needed
+
+
+def test_one_part_is_exchanged_while_another_attends(four_processes: list[dict]) -> None:
+    """In two parts: between the first's way there and the last's way back, each exchange spans an attention."""
+    way = "begin begin end attend begin end attend begin end end"
+    for seen in four_processes:
+        assert " ".join(seen["order"]) == f"{way} loss {way}"
