@@ -79,10 +79,13 @@ def cost_model(ranks: int) -> CostModel:
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         num_experts=None,
+        mtp_num_layers=None,
+        multi_latent_attention=False,
         swiglu=False,
         recompute_granularity=None,
         sequence_parallel=False,
         use_distributed_optimizer=False,
+        data_parallel_size=ranks,
     )
     degrees = group_sizes(ranks)
     estimate = estimate_cost_model(args, degrees, gpu=(9, 80 << 30), ranks_per_node=8, micro_batches_in_flight=1)
