@@ -367,6 +367,13 @@ JOB_REFUSALS = (
         applies=lambda args: args.multiple_validation_sets and not args.full_validation,
     ),
     Refusal(
+        flags=("--full-validation",),
+        subject="--full-validation without --multiple-validation-sets",
+        reason="Megatron ends at the first validation with a TypeError, since it takes the count of batches for a list",
+        remedy="Add --multiple-validation-sets, for one set too",
+        applies=lambda args: args.full_validation and not args.multiple_validation_sets,
+    ),
+    Refusal(
         flags=("--multiple-validation-sets",),
         subject="--multiple-validation-sets with interleaved pipelines",
         reason="Megatron takes each model chunk's data for a validation set",

@@ -55,10 +55,11 @@ def build_sources(args: Any, settings: Settings, num_samples: tuple[int, int | N
     sets = validation if isinstance(validation, list) else [validation]
     sources = Sources(_source(train), tuple(map(_source, sets)), _source(test))
     if (args.eval_iters or args.full_validation) and None in sources.validation:
+        flag = "--full-validation" if args.full_validation else f"--eval-iters {args.eval_iters}"
         given = f"--split {args.split}" if args.split else "the data given for it"
+        otherwise = "take the flag out" if args.full_validation else "set --eval-iters 0"
         raise FlexSPError(
-            f"validation is asked for (--eval-iters {args.eval_iters}), but {given} leaves no documents for it: give "
-            "it a part, or set --eval-iters 0"
+            f"validation is asked for ({flag}), but {given} leaves no documents for it: give it a part, or {otherwise}"
         )
     return sources
 

@@ -48,7 +48,7 @@ from megatron_flexsp.megatron.tracing import Tracer
 from megatron_flexsp.megatron.validation import WholeSet, all_batches
 from megatron_flexsp.planner import Plan
 
-Iterators = tuple[PlannedBatches | None, PlannedBatches | WholeSet | list[WholeSet] | None, PlannedBatches | None]
+Iterators = tuple[PlannedBatches | None, PlannedBatches | list[WholeSet] | None, PlannedBatches | None]
 """Of training, validation and test."""
 
 _LAST_PLANS_SECONDS = 30.0
@@ -287,7 +287,7 @@ class FlexSPTraining:
         if args.full_validation:
             sets = [self._whole_set(source) for source in sources.validation]
             # Megatron would ask the test set for as many batches as validation has.
-            return train, sets if args.multiple_validation_sets else sets[0], None
+            return train, sets, None
         consumed = 0 if args.skip_train else args.consumed_valid_samples
         validation = self._batches_of(sources.validation[0], consumed, evaluation_batch_size)
         return train, validation, self._batches_of(sources.test, 0, evaluation_batch_size)

@@ -64,6 +64,7 @@ class TestCompatibility:
             ("--eod-mask-loss", "--eod-mask-loss"),
             ("--tp-comm-overlap", "--tp-comm-overlap"),
             ("--multiple-validation-sets", "--multiple-validation-sets without --full-validation"),
+            ("--full-validation", "--full-validation without --multiple-validation-sets"),
             ("--fine-grained-activation-offloading", "--fine-grained-activation-offloading"),
             ("--iterations-to-skip 3", "--iterations-to-skip"),
         ],
