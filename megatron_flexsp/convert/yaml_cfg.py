@@ -25,7 +25,7 @@ def is_yaml_cfg(root: Any) -> bool:
     """Whether a composed file is one for ``--yaml-cfg``."""
     if root is None or root.id != "mapping":
         return False
-    return {key.value for key, value in root.value if value.id == "mapping"} >= set(SECTIONS)
+    return {str(key.value) for key, value in root.value if value.id == "mapping"} >= set(SECTIONS)
 
 
 def convert_yaml_cfg(root: Any, data: bytes, path: Path, wishes: Wishes) -> Result:

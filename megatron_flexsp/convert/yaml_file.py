@@ -38,7 +38,8 @@ def convert_yaml(data: bytes, path: Path, wishes: Wishes) -> Result:
     """A YAML file's FlexSP version; the same contract as that of the other front ends."""
     root = _composed(data, path)
     if is_yaml_cfg(root):
-        return convert_yaml_cfg(root, data, path, wishes)
+        # Its values are written down anew, so here a letter may be several bytes.
+        return convert_yaml_cfg(_parsed(data.decode("utf-8", "replace"), path), data, path, wishes)
     reasons: list[str] = []
     notes: dict[str, None] = {}
     problems: list[str] = []
@@ -78,6 +79,12 @@ def convert_yaml(data: bytes, path: Path, wishes: Wishes) -> Result:
 
 
 def _composed(data: bytes, path: Path) -> Any:
+    """The file's nodes, with marks that count bytes."""
+    # As Latin-1 a letter is a byte; its control letters, which YAML has no use for, become question marks.
+    return _parsed(re.sub(r"[\x80-\x9f]", "?", data.decode("latin-1")), path)
+
+
+def _parsed(text: str, path: Path) -> Any:
     try:
         import ruamel.yaml
     except ImportError:
@@ -85,8 +92,6 @@ def _composed(data: bytes, path: Path) -> Any:
             "reading YAML needs ruamel.yaml, which is not installed: pip install 'megatron-flexsp[convert]'"
         ) from None
     try:
-        # As Latin-1 a letter is a byte; its control letters, which YAML has no use for, become question marks.
-        text = re.sub(r"[\x80-\x9f]", "?", data.decode("latin-1"))
         return ruamel.yaml.YAML(typ="rt").compose(text)
     except ruamel.yaml.error.MarkedYAMLError as error:
         mark = error.problem_mark

@@ -140,6 +140,16 @@ def test_keys_in_other_forms() -> None:
     assert any("swiglu: true left out: activation_func on line 10 decides" in note for note in result.notes)
 
 
+def test_letters_beyond_ascii_stay() -> None:
+    result = converted(smaller('data_path: ["größe/Ž b"]  # die Größe\n'), "config.yaml")
+    assert "--data-path 'größe/Ž b'  # die Größe\n" in result.data.decode()
+
+
+def test_a_map_whose_key_is_a_list_is_no_such_file() -> None:
+    with pytest.raises(Unconvertible, match="nothing to convert"):
+        converted(b"[a, b]: {c: 1}\n", "other.yaml")
+
+
 def test_the_table_is_megatron_s(parser: argparse.ArgumentParser) -> None:
     """The installed release's flags, each as the table has it."""
     rows = [row for rows in flags_by_name().values() for row in rows]
