@@ -1,6 +1,6 @@
 """Bytes that training keeps: the tensors that autograd saves, and the model's own state.
 
-On a GPU the allocator knows better, and ``megatron/profiling.py`` asks it. Counting works anywhere.
+On a GPU the allocator knows better, and ``megatron/measured_steps.py`` asks it. Counting works anywhere.
 """
 
 from __future__ import annotations

@@ -20,8 +20,14 @@ def check_writable(path: str) -> None:
     folder = target.parent
     if not folder.is_dir():
         raise FlexSPError(f"{_FLAG} {path}: there is no folder {folder}; make it first")
-    if not os.access(folder, os.W_OK):
-        raise FlexSPError(f"{_FLAG} {path}: the folder {folder} can't be written to; give another path")
+    try:
+        # Not os.access(): it lets root write anywhere, a file system doesn't.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FlexSPError(
+            f"{_FLAG} {path}: the folder {folder} can't be written to ({error.strerror}); give another path"
+        ) from None
 
 
 def write_whole(path: str, cost_model: CostModel) -> None:

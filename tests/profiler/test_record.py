@@ -44,3 +44,5 @@ def test_refuses_what_can_not_be_written(tmp_path: Path) -> None:
         check_writable(str(tmp_path))
     with pytest.raises(FlexSPError, match="no folder"):
         check_writable(str(tmp_path / "missing" / "costs.json"))
+    with pytest.raises(FlexSPError, match=r"--flexsp-profile /proc/costs\.json: the folder /proc can't be written to"):
+        check_writable("/proc/costs.json")  # by root either
