@@ -22,7 +22,7 @@ _TRAINING_FLAGS = {
     "--lr", "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--lr-decay-style",
 }  # fmt: skip
 _FEWEST_FLAGS = 3
-"""Of these a training command has three; others may have one or two."""
+"""Of those a training command has three; others may have one or two."""
 
 _TOOLS = re.compile(
     r"generat|inference|convert|hf2|2hf|2mcore|2megatron|megatron2|checkpoint|ckpt|preprocess|server|eval|quantiz|prune|export|merge|split|benchmark|text_gen"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_flexsp.convert.arguments import Job
 from megatron_flexsp.convert.plain import ListEdits
 from megatron_flexsp.convert.result import Result, Unconvertible
 from megatron_flexsp.convert.rules import Wishes, decide
@@ -62,11 +61,6 @@ def convert_source(source: Source, data: bytes, path: Path | None, wishes: Wishe
     except ValueError as error:
         raise Unconvertible([f"{error}: two training commands need different values in one place"]) from None
     return Result(converted, list(reasons), list(notes), edits)
-
-
-def jobs_of(data: bytes, path: Path | None = None) -> list[Job]:
-    """The training commands of a script."""
-    return [launch.job for launch in find_launches(read_script(Source(data), path), data)[0]]
 
 
 def _nothing_found(others: list[Other]) -> str:

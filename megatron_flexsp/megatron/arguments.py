@@ -202,7 +202,10 @@ def _cudnn_version() -> tuple[int, int] | None:
     import torch  # here, as above
 
     number = torch.backends.cudnn.version()
-    return None if number is None else (number // 10_000, number // 100 % 100)
+    if number is None:
+        return None
+    # Until version 8 the minor release stood in the hundreds below thousands.
+    return (number // 10_000, number // 100 % 100) if number >= 90_000 else (number // 1_000, number // 100 % 10)
 
 
 def check_compatibility(args: argparse.Namespace) -> None:
@@ -334,13 +337,6 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
         priced = [degree for degree in legal if _has_bandwidth(cost_model, degree)]
         shared = [degree for degree in priced if heads % degree == 0]
         return tuple(shared + _needed_rings(args, priced, shared[-1]))
-    rings = [degree for degree in asked if ring_size_of(degree, heads) > 1]
-    if rings and not _rings_can_compute(args):
-        raise FlexSPError(
-            f"{flag}: groups of {', '.join(map(str, rings))} ranks share {heads} attention heads by ring attention, "
-            "which has no --window-size, only --softmax-type vanilla and --attention-dropout 0. Ask for divisors of "
-            "the heads"
-        )
     for degree in asked:
         if degree not in legal:
             raise FlexSPError(
@@ -352,6 +348,13 @@ def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel |
                 f"{flag}: {args.flexsp_cost_model} has no bandwidth for {degree} ranks. Measure it, or leave the "
                 "degree out"
             )
+    rings = [degree for degree in asked if ring_size_of(degree, heads) > 1]
+    if rings and not _rings_can_compute(args):
+        raise FlexSPError(
+            f"{flag}: groups of {', '.join(map(str, rings))} ranks share {heads} attention heads by ring attention, "
+            "which has no --window-size, only --softmax-type vanilla and --attention-dropout 0. Ask for divisors of "
+            "the heads"
+        )
     return tuple(sorted(set(asked)))
 
 

@@ -176,6 +176,7 @@ class TestSettings:
         ("more", "message"),
         [
             ("--flexsp-degrees 1,3", r"--flexsp-degrees: 3 is not a group size here\. .* power of two .* all 8"),
+            ("--attention-dropout 0.1 --flexsp-degrees 3", "--flexsp-degrees: 3 is not a group size here"),
             ("--flexsp-degrees 0,1", "--flexsp-degrees: 0 is not a group size here"),
             ("--flexsp-degrees 16", r"--flexsp-degrees: 16 is not .* at most the 8 data-parallel ranks"),
             ("--flexsp-degrees 1;2", r"--flexsp-degrees 1;2: give whole numbers with commas"),
