@@ -395,7 +395,7 @@ EXPERT_REFUSALS = (
         flags=("--moe-router-load-balancing-type",),
         subject="--moe-router-load-balancing-type sinkhorn and quantile_balancing",
         reason="where a token goes would depend on the tokens beside it, and so on the plan",
-        remedy="Use aux_loss, seq_aux_loss or none",
+        remedy="Use aux_loss, seq_aux_loss, global_aux_loss or none",
         applies=lambda args: _balancing(args) & {"sinkhorn", "quantile_balancing"},
     ),
     Refusal(

@@ -16,9 +16,16 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
+from megatron_flexsp.megatron.seams import Seam
 from megatron_flexsp.runtime import PackLayout, RingSchedule, SequenceGroup, ring_attention, ulysses_attention
 from megatron_flexsp.runtime.attention import packed_causal_attention
 from megatron_flexsp.runtime.ulysses import Kernel
+
+ATTENTION_PARAMETERS = (
+    *("self", "query", "key", "value"),
+    *("attention_mask", "attn_mask_type", "attention_bias", "packed_seq_params"),
+)
+"""What the forward of every core attention must take."""
 
 
 @dataclass
@@ -178,3 +185,37 @@ def rotary_forward(original: Callable[..., Any]) -> Callable[..., Any]:
         if hasattr(original, name):
             setattr(forward, name, getattr(original, name))
     return forward
+
+
+def seams() -> list[Seam]:
+    """What is changed in every model."""
+    rotary = "megatron.core.models.common.embeddings"
+    return [
+        Seam(
+            "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
+            ATTENTION_PARAMETERS,
+            attention_forward,
+            "attends over packs, on the pack's own group",
+        ),
+        Seam(
+            f"{rotary}.rotary_pos_embedding:RotaryEmbedding.get_rotary_seq_len",
+            (
+                *("self", "inference_context", "transformer"),
+                *("transformer_input", "transformer_config", "packed_seq_params"),
+            ),
+            rotary_length,
+            "hands on the positions of a slice",
+        ),
+        *(
+            Seam(
+                f"{rotary}.{embedding}.forward",
+                ("self", "max_seq_len"),
+                rotary_forward,
+                "turns each token by its position in its document",
+            )
+            for embedding in (
+                "rotary_pos_embedding:RotaryEmbedding",
+                "yarn_rotary_pos_embedding:YarnRotaryEmbedding",
+            )
+        ),
+    ]

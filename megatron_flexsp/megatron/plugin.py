@@ -116,9 +116,7 @@ def training_seams(profiles: bool) -> list[Seam]:
             if (warning := seams.warning()) is not None:
                 print(f" > [flexsp] warning: {warning}")
 
-    attention_parameters = ("self", "query", "key", "value", "attention_mask", "attn_mask_type", "attention_bias")
     pretrain_parameters = ("train_valid_test_dataset_provider", "forward_step_func")
-    rotary = "megatron.core.models.common.embeddings"
     validation = "checks the flags and lets micro-batches differ in length"
     planned = [
         *(
@@ -138,37 +136,7 @@ def training_seams(profiles: bool) -> list[Seam]:
             run.wrap_get_forward_backward_func,
             "runs the plan's micro-batches",
         ),
-        Seam(
-            "megatron.core.transformer.dot_product_attention:DotProductAttention.forward",
-            (*attention_parameters, "packed_seq_params"),
-            packed_attention.attention_forward,
-            "attends over packs, on the pack's own group",
-        ),
-        Seam(
-            f"{rotary}.rotary_pos_embedding:RotaryEmbedding.get_rotary_seq_len",
-            (
-                "self",
-                "inference_context",
-                "transformer",
-                "transformer_input",
-                "transformer_config",
-                "packed_seq_params",
-            ),
-            packed_attention.rotary_length,
-            "hands on the positions of a slice",
-        ),
-        Seam(
-            f"{rotary}.rotary_pos_embedding:RotaryEmbedding.forward",
-            ("self", "max_seq_len"),
-            packed_attention.rotary_forward,
-            "turns each token by its position in its document",
-        ),
-        Seam(
-            f"{rotary}.yarn_rotary_pos_embedding:YarnRotaryEmbedding.forward",
-            ("self", "max_seq_len"),
-            packed_attention.rotary_forward,
-            "turns each token by its position in its document",
-        ),
+        *packed_attention.seams(),
     ]
     if profiles:
         planned.append(
@@ -180,14 +148,7 @@ def training_seams(profiles: bool) -> list[Seam]:
             )
         )
     if HAVE_TE:
-        planned.append(
-            Seam(
-                "megatron.core.extensions.transformer_engine:TEDotProductAttention.forward",
-                (*attention_parameters, "packed_seq_params"),
-                te_attention.te_attention_forward,
-                "attends over packs, on the pack's own group",
-            )
-        )
+        planned += te_attention.seams()
     routing, latent_layers, predicting = routers.seams(), latent_attention.seams(), multi_token_prediction.seams()
     counting = "megatron.training.training"
     if releases.sequences_report_lengths():

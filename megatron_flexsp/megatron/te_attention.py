@@ -14,7 +14,8 @@ from typing import Any
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
+from megatron_flexsp.megatron.packed_attention import ATTENTION_PARAMETERS, FlexSPPackedSeqParams
+from megatron_flexsp.megatron.seams import Seam
 from megatron_flexsp.runtime import SequenceGroup, at_one_width, ring_attention, ulysses_attention
 from megatron_flexsp.runtime.ulysses import Kernel
 
@@ -87,3 +88,15 @@ def _heads_of_one_member(attention: Any, group: SequenceGroup, q_ThD: Tensor, k_
         for name in over:
             del own[name]
         own.update(before)
+
+
+def seams() -> list[Seam]:
+    """What is changed where Transformer Engine is installed."""
+    return [
+        Seam(
+            "megatron.core.extensions.transformer_engine:TEDotProductAttention.forward",
+            ATTENTION_PARAMETERS,
+            te_attention_forward,
+            "attends over packs, on the pack's own group",
+        )
+    ]
