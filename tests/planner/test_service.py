@@ -30,12 +30,28 @@ REQUEST = PlanRequest(COST_MODEL, domain_size=4, token_capacity=1000, time_limit
 BATCHES = [np.array([900, 3000, 20, 7, 7]), np.array([4000]), np.array([5] * 40)]
 
 
-def planning_processes() -> list[psutil.Process]:
+def all_planning_processes() -> list[psutil.Process]:
     return [child for child in psutil.Process().children() if "megatron_flexsp.planner.service" in child.cmdline()]
 
 
+@pytest.fixture(autouse=True)
+def processes_before() -> Iterator[None]:
+    """Other tests of this pytest process may have left theirs, which end when their owners are collected."""
+    _before.update(child.pid for child in all_planning_processes())
+    yield
+    _before.clear()
+
+
+_before: set[int] = set()
+
+
+def planning_processes() -> list[psutil.Process]:
+    """Those that the running test has started."""
+    return [child for child in all_planning_processes() if child.pid not in _before]
+
+
 @pytest.fixture
-def service() -> Iterator[PlanningService]:
+def service(processes_before: None) -> Iterator[PlanningService]:
     running = PlanningService(REQUEST)
     yield running
     running.close()
