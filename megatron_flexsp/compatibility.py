@@ -56,7 +56,8 @@ def _local(args: argparse.Namespace) -> bool:
     return bool(args.transformer_impl == "local")
 
 
-def _balancing(args: argparse.Namespace) -> set[str]:
+def load_balancing_types(args: argparse.Namespace) -> set[str]:
+    """The job's ``--moe-router-load-balancing-type``, one or several."""
     chosen = args.moe_router_load_balancing_type
     return {chosen} if isinstance(chosen, str) else set(chosen)
 
@@ -396,7 +397,7 @@ EXPERT_REFUSALS = (
         subject="--moe-router-load-balancing-type sinkhorn and quantile_balancing",
         reason="where a token goes would depend on the tokens beside it, and so on the plan",
         remedy="Use aux_loss, seq_aux_loss, global_aux_loss or none",
-        applies=lambda args: _balancing(args) & {"sinkhorn", "quantile_balancing"},
+        applies=lambda args: load_balancing_types(args) & {"sinkhorn", "quantile_balancing"},
     ),
     Refusal(
         flags=("--moe-expert-capacity-factor", "--moe-expert-rank-capacity-factor"),

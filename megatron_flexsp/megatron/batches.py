@@ -136,12 +136,14 @@ class SliceReader:
         tokens = labels = loss_mask = further = None
         if self._reads_tokens:
             held = [samples[position] for position in item.sequences]
-            builder = FurtherTokensBuilder(
-                layout,
-                self._further_depths,
-                lambda sequence, start, count: self._source.learned(held[sequence], start, count),
-                self._logs_each_token,
-            )
+            builder = None
+            if self._further_depths:
+                builder = FurtherTokensBuilder(
+                    layout,
+                    self._further_depths,
+                    lambda sequence, start, count: self._source.learned(held[sequence], start, count),
+                    self._logs_each_token,
+                )
             # Padding reads token 0 and predicts it with no weight.
             tokens = np.zeros(layout.slice_tokens, dtype=np.int64)
             labels = np.zeros(layout.slice_tokens, dtype=np.int64)
@@ -155,9 +157,10 @@ class SliceReader:
                 tokens[offset : offset + count] = text[:count]
                 labels[offset : offset + count] = text[1 : count + 1]
                 loss_mask[offset : offset + count] = 1.0 if learned is None else learned[:count]
-                builder.add(offset, piece.sequence, piece.start, piece.stop, text, learned)
+                if builder is not None:
+                    builder.add(offset, piece.sequence, piece.start, piece.stop, text, learned)
                 offset += count
-            if self._further_depths:
+            if builder is not None:
                 further = builder.build().map(self._pinned)
         return LocalMicroBatch(
             first_rank=item.first_rank,

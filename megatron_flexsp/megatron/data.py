@@ -75,7 +75,7 @@ def _build_datasets(args: Any, settings: Settings, num_samples: tuple[int, int |
         blend = blend_per_split = None
         vocabulary = args.vocab_size or args.padded_vocab_size
         mock_documents = MockDocuments(mock_lengths(settings.mock_lengths, args.seq_length, args.seed), vocabulary)
-    conversations = _tokenize_conversations(args, blend, blend_per_split) if settings.sft else None
+    conversations = tokenize_conversations(args, blend, blend_per_split) if settings.sft else None
     config = DocumentDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
@@ -102,7 +102,7 @@ def _build_datasets(args: Any, settings: Settings, num_samples: tuple[int, int |
         raise
 
 
-def _tokenize_conversations(args: Any, blend: Any, blend_per_split: Any) -> dict[str, str]:
+def tokenize_conversations(args: Any, blend: Any, blend_per_split: Any) -> dict[str, str]:
     """Each file's tokenised conversations, made now where they are not there yet. Collective."""
     blends = [blend, *(blend_per_split or [])]
     paths = sorted({path for given in blends if given is not None for path in given[0]})

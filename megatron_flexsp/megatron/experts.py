@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_flexsp.compatibility import load_balancing_types
+
 
 def why_rounds(args: argparse.Namespace) -> str | None:
     """Why experts want all ranks side by side in their micro-batches; None if they don't.
@@ -27,17 +29,14 @@ def why_rounds(args: argparse.Namespace) -> str | None:
             f"experts lie on several data-parallel ranks (--expert-model-parallel-size {expert_size} x "
             f"--expert-tensor-parallel-size {expert_tensor_size}), which exchange tokens in every micro-batch"
         )
-    if "global_aux_loss" in args.moe_router_load_balancing_type:
+    if "global_aux_loss" in load_balancing_types(args):
         return "global_aux_loss adds up over all ranks in every micro-batch"
     return None
 
 
 def adds_up_over_groups(args: argparse.Namespace) -> bool:
     """Whether routers add up over a pack's own group: those losses do that are taken over more than a token."""
-    chosen = args.moe_router_load_balancing_type
-    return bool(args.num_experts) and bool(
-        {"aux_loss", "seq_aux_loss"} & set([chosen] if isinstance(chosen, str) else chosen)
-    )
+    return bool(args.num_experts and load_balancing_types(args) & {"aux_loss", "seq_aux_loss"})
 
 
 def routed_layers(args: argparse.Namespace) -> int:

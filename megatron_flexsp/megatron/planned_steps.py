@@ -69,7 +69,7 @@ class PlannedSteps:
             On the planning rank what plans rest on; None on the others.
         """
         batches = []
-        for degrees, samples in list(self._choices()):
+        for degrees, samples in self._choices():
             lengths = self._source.lengths(np.array(samples))
             plan = self._context.channel.share(lengths, self._planned(cost_model, degrees, lengths))
             batches.append(self._runner.batch(plan, lengths, self._reader, samples))

@@ -21,7 +21,7 @@ from megatron.training import arguments, get_args, get_tokenizer, initialize, tr
 from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 
 from megatron_flexsp.megatron import releases  # noqa: E402
-from megatron_flexsp.megatron.data import _tokenize_conversations  # noqa: E402
+from megatron_flexsp.megatron.data import tokenize_conversations  # noqa: E402
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig  # noqa: E402
 
 if "transformer_engine" in sys.argv:
@@ -80,7 +80,7 @@ def provider(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> 
     )
     known = {}
     if args.conversations:
-        config.conversations = _tokenize_conversations(args, blend, None)
+        config.conversations = tokenize_conversations(args, blend, None)
         known, config.overlong = targets_of(blend[0][0]), "truncate"
     train, _, _ = BlendedMegatronDatasetBuilder(DocumentDataset, list(num_samples), lambda: True, config).build()
     return one_by_one(train, known), None, None
