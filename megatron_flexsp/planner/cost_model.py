@@ -4,6 +4,9 @@ The formula is that of FlexSP (arXiv 2412.01523, section 4.1) with a latency per
 
     micro-batch seconds = overhead + sum(attention * s^2 + linear * s) / degree
         + [degree > 1] (latency[degree] + exchange_bytes * sum(s) / (degree * bandwidth[degree]))
+
+A micro-batch that recomputes its activations runs its forward, and that one's half of the exchanges, once more: the
+first line counts 1 + recompute_share times, the second 1.5 times.
 """
 
 import json
@@ -19,6 +22,9 @@ from numpy.typing import ArrayLike, NDArray
 from megatron_flexsp.errors import FlexSPError
 
 SCHEMA = "flexsp.cost_model/1"
+
+_EXCHANGED_AGAIN = 0.5
+"""Of its exchanges, the forward's half, what a recomputed micro-batch repeats."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +71,12 @@ class CostModel:
     pipeline_fill_share: float = 1.0
     """What each further pipeline stage adds to a step, as a share of the rank's longest micro-batch, 0 to 1: 1 where
     all stages are equally slow, less where the others are faster, or where stages are interleaved."""
+
+    recomputed_activation_bytes_per_token: float = 0.0
+    """The same as ``activation_bytes_per_token`` in a micro-batch whose activations are recomputed; 0: not known."""
+
+    recompute_share: float = 1 / 3
+    """What recomputing adds to compute and overhead of a micro-batch, as a share of them."""
 
     note: str = ""
     """Free text for people."""
@@ -146,22 +158,37 @@ class CostModel:
         FlexSPError
             If the memory constants leave no room for a single token, or activation bytes are 0.
         """
+        return self._capacity("activation_bytes_per_token", "--flexsp-max-tokens-per-rank")
+
+    @property
+    def recomputed_token_capacity(self) -> int:
+        """Tokens that one rank can hold in one micro-batch whose activations are recomputed.
+
+        Raises
+        ------
+        FlexSPError
+            As ``token_capacity`` does.
+        """
+        return self._capacity("recomputed_activation_bytes_per_token", "--flexsp-max-recomputed-tokens-per-rank")
+
+    def _capacity(self, key: str, flag: str) -> int:
+        bytes_per_token = getattr(self, key)
         free_bytes = self.memory_budget_bytes - self.model_state_bytes
-        way_out = "correct the cost model or give the capacity with --flexsp-max-tokens-per-rank"
-        if self.activation_bytes_per_token == 0:
-            raise FlexSPError(f"activation_bytes_per_token is 0, so the token capacity is unknown; {way_out}")
-        tokens_per_rank = free_bytes / self.activation_bytes_per_token
+        way_out = f"correct the cost model or give the capacity with {flag}"
+        if bytes_per_token == 0:
+            raise FlexSPError(f"{key} is 0, so the token capacity is unknown; {way_out}")
+        tokens_per_rank = free_bytes / bytes_per_token
         if tokens_per_rank < 1:
             raise FlexSPError(
                 f"memory_budget_bytes {self.memory_budget_bytes:.0f} less model_state_bytes "
-                f"{self.model_state_bytes:.0f} holds no token of {self.activation_bytes_per_token:.0f} "
+                f"{self.model_state_bytes:.0f} holds no token of {bytes_per_token:.0f} "
                 f"activation bytes; {way_out}"
             )
         if math.isinf(tokens_per_rank):
-            raise FlexSPError(f"activation_bytes_per_token {self.activation_bytes_per_token} is too small; {way_out}")
+            raise FlexSPError(f"{key} {bytes_per_token} is too small; {way_out}")
         return int(tokens_per_rank)
 
-    def sequence_seconds(self, lengths: ArrayLike, degree: int) -> NDArray[np.float64]:
+    def sequence_seconds(self, lengths: ArrayLike, degree: int, *, recomputed: bool = False) -> NDArray[np.float64]:
         """Seconds that each sequence adds to a micro-batch of a group of this degree.
 
         Parameters
@@ -170,6 +197,8 @@ class CostModel:
             Tokens of each sequence, any shape.
         degree
             Ranks in the group.
+        recomputed
+            Whether the micro-batch recomputes its activations.
 
         Returns
         -------
@@ -184,10 +213,14 @@ class CostModel:
         tokens = np.asarray(lengths, dtype=np.float64)
         attention = self.attention_seconds_per_token_squared * tokens**2
         compute = attention + self.linear_seconds_per_token * tokens
+        if recomputed:
+            compute = compute * (1 + self.recompute_share)
         if degree == 1:
             return np.asarray(compute)
-        bandwidth = self._bandwidth(degree)
-        return np.asarray(compute / degree + self.exchange_bytes_per_token * tokens / (degree * bandwidth))
+        exchange = self.exchange_bytes_per_token * tokens / (degree * self._bandwidth(degree))
+        if recomputed:
+            exchange = exchange * (1 + _EXCHANGED_AGAIN)
+        return np.asarray(compute / degree + exchange)
 
     def stages_counted(self, pipeline_stages: int) -> float:
         """How often a step counts each rank's longest micro-batch: once, and the fill and drain of a pipeline."""
@@ -197,14 +230,20 @@ class CostModel:
         """Seconds of exchange latency that a micro-batch of this degree costs; 0 for degree 1."""
         return 0.0 if degree == 1 else float(self.exchange_latency_seconds.get(degree, 0.0))
 
-    def micro_batch_seconds(self, lengths: ArrayLike, degree: int) -> float:
+    def recomputing_seconds(self, degree: int) -> float:
+        """What a micro-batch of this degree that recomputes costs on top of overhead and latency, sequences apart."""
+        again = self.recompute_share * self.micro_batch_overhead_seconds
+        return again + _EXCHANGED_AGAIN * self.latency_seconds(degree)
+
+    def micro_batch_seconds(self, lengths: ArrayLike, degree: int, *, recomputed: bool = False) -> float:
         """Seconds of one micro-batch that holds these sequences on a group of this degree.
 
         A filler, which holds no sequence, costs its overhead. Padding is not priced.
         """
-        latency = self.latency_seconds(degree)
-        work = self.sequence_seconds(lengths, degree).sum()
-        return float(self.micro_batch_overhead_seconds + latency + work)
+        opening = self.micro_batch_overhead_seconds + self.latency_seconds(degree)
+        if recomputed:
+            opening += self.recomputing_seconds(degree)
+        return float(opening + self.sequence_seconds(lengths, degree, recomputed=recomputed).sum())
 
     def _bandwidth(self, degree: int) -> float:
         bandwidth = self.exchange_bandwidth_bytes_per_second.get(degree)
@@ -218,7 +257,12 @@ class CostModel:
 
 
 _TABLE_KEYS = ("exchange_bandwidth_bytes_per_second", "exchange_latency_seconds")
-_USUAL_NUMBERS = {"step_overhead_seconds": 0.0, "pipeline_fill_share": 1.0}
+_USUAL_NUMBERS = {
+    "step_overhead_seconds": 0.0,
+    "pipeline_fill_share": 1.0,
+    "recomputed_activation_bytes_per_token": 0.0,
+    "recompute_share": 1 / 3,
+}
 """Numbers that a file may leave out, and what they are then."""
 _NUMBER_KEYS = tuple(
     item.name for item in fields(CostModel) if item.name not in (*_TABLE_KEYS, *_USUAL_NUMBERS, "note", "measurement")

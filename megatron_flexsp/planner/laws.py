@@ -46,16 +46,45 @@ def check_every_sequence_once(plan: "Plan", num_sequences: int) -> None:
         raise PlanError(f"sequence {missing} stands in no micro-batch")
 
 
-def check_capacity(plan: "Plan", lengths: list[int], token_capacity: int, slice_multiple: int) -> None:
-    """No rank's slice, padding counted, holds more tokens than its capacity."""
+def check_capacity(
+    plan: "Plan", lengths: list[int], token_capacity: int, slice_multiple: int, recomputed_token_capacity: int | None
+) -> None:
+    """No rank's slice, padding counted, holds more tokens than its capacity; what fits is not recomputed."""
     for index, item in enumerate(plan.micro_batches):
+        capacity = token_capacity
+        if item.recomputed:
+            capacity = _recomputed_capacity(
+                index, item, lengths, token_capacity, slice_multiple, recomputed_token_capacity
+            )
         total_tokens = sum(lengths[position] for position in item.sequences)
         tokens_per_rank = slice_tokens(total_tokens, item.degree, slice_multiple)
-        if tokens_per_rank > token_capacity:
+        if tokens_per_rank > capacity:
             raise PlanError(
                 f"micro-batch {index} gives each of its {item.degree} ranks {tokens_per_rank} tokens, "
-                f"padding counted; the capacity is {token_capacity}"
+                f"padding counted; the capacity is {capacity}{', recomputed' if item.recomputed else ''}"
             )
+
+
+def _recomputed_capacity(
+    index: int,
+    item: "MicroBatch",
+    lengths: list[int],
+    token_capacity: int,
+    slice_multiple: int,
+    recomputed_token_capacity: int | None,
+) -> int:
+    """What each rank holds of a recomputed micro-batch, all of whose sequences must need it."""
+    if recomputed_token_capacity is None:
+        raise PlanError(f"micro-batch {index} is recomputed; nothing may be")
+    if item.is_filler:
+        raise PlanError(f"micro-batch {index} is a filler and recomputed; fillers are not")
+    for position in item.sequences:
+        if slice_tokens(lengths[position], item.degree, slice_multiple) <= token_capacity:
+            raise PlanError(
+                f"micro-batch {index} is recomputed and holds sequence {position} of {lengths[position]} tokens, which "
+                f"{item.degree} ranks can hold without"
+            )
+    return recomputed_token_capacity
 
 
 def check_schedule(plan: "Plan") -> None:

@@ -36,6 +36,10 @@ class MicroBatch:
     sequences: tuple[int, ...]
     """Positions in the global batch."""
 
+    recomputed: bool = False
+    """Whether activations are recomputed in the backward pass, so that a rank can hold more tokens. Only sequences
+    that fit no other micro-batch of the degree are in such a one."""
+
     @property
     def is_filler(self) -> bool:
         """Whether it holds no sequence."""
@@ -83,7 +87,11 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as one line of JSON that ``from_json`` reads back to an equal one."""
-        return json.dumps({"schema": SCHEMA, **asdict(self)})
+        data = {"schema": SCHEMA, **asdict(self)}
+        for item in data["micro_batches"]:
+            if not item["recomputed"]:
+                del item["recomputed"]
+        return json.dumps(data)
 
     @classmethod
     def from_json(cls, text: str, *, source: str = "plan") -> "Plan":
@@ -108,12 +116,21 @@ class Plan:
         executed = [
             self.domain_size,
             self.schedule,
-            [[item.first_rank, item.degree, *item.sequences] for item in self.micro_batches],
+            [
+                [item.first_rank, item.degree, *(["recomputed"] if item.recomputed else []), *item.sequences]
+                for item in self.micro_batches
+            ],
         ]
         return hashlib.sha256(json.dumps(executed).encode()).hexdigest()
 
     def validate(
-        self, lengths: ArrayLike, token_capacity: int, *, slice_multiple: int = 1, count_multiple: int = 1
+        self,
+        lengths: ArrayLike,
+        token_capacity: int,
+        *,
+        recomputed_token_capacity: int | None = None,
+        slice_multiple: int = 1,
+        count_multiple: int = 1,
     ) -> None:
         """Check every law of plans.
 
@@ -123,6 +140,8 @@ class Plan:
             Tokens of each sequence of the global batch, shape (sequences,).
         token_capacity
             Tokens that one rank can hold in one micro-batch, padding counted.
+        recomputed_token_capacity
+            The same where activations are recomputed; None: nowhere.
         slice_multiple
             Each rank's slice is padded up to a multiple of so many tokens (the tensor-parallel size).
         count_multiple
@@ -136,7 +155,7 @@ class Plan:
         tokens = np.asarray(lengths, dtype=np.int64).tolist()
         laws.check_blocks(self)
         laws.check_every_sequence_once(self, len(tokens))
-        laws.check_capacity(self, tokens, token_capacity, slice_multiple)
+        laws.check_capacity(self, tokens, token_capacity, slice_multiple, recomputed_token_capacity)
         laws.check_schedule(self)
         laws.check_counts(self, count_multiple)
         laws.check_endings(self, count_multiple)
@@ -178,6 +197,7 @@ def _micro_batch_from(index: int, item: object) -> MicroBatch:
         first_rank=_value(item, "first_rank", int, f"{where}.first_rank"),
         degree=_value(item, "degree", int, f"{where}.degree"),
         sequences=tuple(sequences),
+        recomputed=_value({"recomputed": False} | item, "recomputed", bool, f"{where}.recomputed"),
     )
 
 
@@ -186,7 +206,7 @@ def _value(data: dict[str, Any], key: str, kind: type | tuple[type, ...], where:
     if key not in data:
         raise PlanError(f"{where} is missing")
     value = data[key]
-    if isinstance(value, bool) or not isinstance(value, kind):
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise PlanError(f"{where} is {value!r}, which has the wrong type")
     return value
 

@@ -26,11 +26,15 @@ def micro_batch_seconds(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -
     positions = np.array([position for item in items for position in item.sequences], dtype=np.int64)
     degrees = np.array([item.degree for item in items], dtype=np.int64)
     seconds = np.full(len(items), cost_model.micro_batch_overhead_seconds, dtype=np.float64)
-    for degree in np.unique(degrees).tolist():
-        mine = degrees[owners] == degree
-        work = cost_model.sequence_seconds(tokens[positions[mine]], degree)
+    is_recomputed = np.array([item.recomputed for item in items], dtype=bool)
+    for degree, recomputed in sorted({(item.degree, item.recomputed) for item in items}):
+        alike = (degrees == degree) & (is_recomputed == recomputed)
+        mine = alike[owners]
+        work = cost_model.sequence_seconds(tokens[positions[mine]], degree, recomputed=recomputed)
         seconds += np.bincount(owners[mine], weights=work, minlength=len(items))
-        seconds[degrees == degree] += cost_model.latency_seconds(degree)
+        seconds[alike] += cost_model.latency_seconds(degree)
+        if recomputed:
+            seconds[alike] += cost_model.recomputing_seconds(degree)
     return seconds
 
 
