@@ -75,7 +75,8 @@ def simple_bound_seconds(problem: Problem) -> float:
     *Work.* A micro-batch of degree d that holds tokens p keeps d ranks busy: it takes at least d x overhead
     and the rank-seconds of its sequences, each at least its cheapest over the degrees that hold it. With C
     the tokens per rank, p <= d C, so the ranks' counts of micro-batches add up to at least sum(s) / C; each
-    count is also at least 1 and a multiple of ``count_multiple``, so the sum is one too. All that is spread
+    count is also at least 1 and a multiple of ``count_multiple``, so the sum is one too. (C is the capacity of the
+    recomputed for the sequences that the narrowest degree would recompute.) All that is spread
     over N ranks, and the step ends no sooner than the mean of the ranks' busy times. Waiting, for members of
     a group or for a lockstep round, only adds to it.
 
@@ -93,7 +94,8 @@ def simple_bound_seconds(problem: Problem) -> float:
 def _work_bound(problem: Problem) -> float:
     classes = make_classes(problem, MOST_CLASSES)
     busy = np.where(classes.holds, classes.busy, np.inf).min(axis=0)
-    full_slices = math.ceil(int(problem.tokens_array.sum()) / problem.tokens_per_rank)
+    slices = float(classes.full_slots[0].sum())
+    full_slices = math.ceil(slices * (1 - ROUNDING_SHARE))
     groups_of_slices = max(problem.domain_size, math.ceil(full_slices / problem.count_multiple))
     overheads = groups_of_slices * problem.count_multiple * problem.overhead_seconds
     return float((overheads + busy.sum()) / problem.domain_size)
@@ -102,11 +104,11 @@ def _work_bound(problem: Problem) -> float:
 def _longest_sequence_bound(problem: Problem) -> float:
     own = problem.pipeline_stages - 1  # with a pipeline, its micro-batch or a longer one counts so often more
     return min(
-        problem.opening_seconds(degree, count=0)
-        + own * (problem.overhead_seconds + problem.latency_seconds[degree])
+        problem.opening_seconds(degree, 0, recomputed=(again := problem.is_recomputed(degree, -1)))
+        + own * (problem.overhead_seconds + problem.micro_batch_latency(degree, recomputed=again))
         + (1 + own) * problem.sequence_seconds[degree][-1]
         for degree in problem.degrees
-        if problem.tokens[-1] <= problem.pack_tokens(degree)
+        if problem.holds(degree, -1)
     )
 
 

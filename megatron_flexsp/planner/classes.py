@@ -49,6 +49,12 @@ class Classes:
         return np.asarray(self.shortest_tokens <= self._pack_tokens)
 
     @cached_property
+    def is_recomputed(self) -> NDArray[np.bool_]:
+        """Whether a pack of each degree that holds members is recomputed, shape (degrees, classes)."""
+        is_longer = np.asarray(self.shortest_tokens > self._degrees * self.problem.tokens_per_rank)
+        return is_longer & (self.problem.recomputed_tokens_per_rank is not None)
+
+    @cached_property
     def seconds(self) -> Floats:
         """What the shortest member takes a group of each degree, latency counted, shape (degrees, classes)."""
         return np.asarray(self._shortest_seconds + self._latencies)
@@ -63,8 +69,8 @@ class Classes:
 
     @cached_property
     def full_slots(self) -> Floats:
-        """Slots that the tokens of each class would fill, whatever the degree, shape (classes,)."""
-        return self.tokens / self.problem.tokens_per_rank
+        """Slots that the tokens of each class would fill, shape (degrees, classes)."""
+        return self.tokens / self._slot_tokens
 
     @cached_property
     def exclusive_slots(self) -> Floats:
@@ -94,25 +100,37 @@ class Classes:
         return np.array(self.problem.degrees)[:, None]
 
     @cached_property
+    def _slot_tokens(self) -> NDArray[np.int64]:
+        """Tokens of a slot that holds members, shape (degrees, classes)."""
+        problem = self.problem
+        return np.where(self.is_recomputed, problem.recomputed_tokens_per_rank or 0, problem.tokens_per_rank)
+
+    @cached_property
     def _pack_tokens(self) -> NDArray[np.int64]:
-        return self._degrees * self.problem.tokens_per_rank
+        return np.asarray(self._degrees * self._slot_tokens)
 
     @cached_property
     def _latencies(self) -> Floats:
-        return np.array([[self.problem.latency_seconds[degree]] for degree in self.problem.degrees])
+        degrees = self.problem.degrees
+        latencies = np.array([[self.problem.latency_seconds[degree]] for degree in degrees])
+        recomputing = np.array([[self.problem.recomputing_seconds[degree]] for degree in degrees])
+        return np.asarray(latencies + recomputing * self.is_recomputed)
 
 
 def make_classes(problem: Problem, most: int) -> Classes:
     """At most about ``most`` classes, of as equal tokens as can be.
 
-    They are also cut where a pack of some degree, or half of one, ends; and the longest sequence is one.
+    They are also cut where a pack of some degree, or half of one, ends: at each degree all members are recomputed or
+    none. And the longest sequence is one.
     """
     tokens = problem.tokens_array
     if len(tokens) <= most:
         return Classes(problem, np.arange(len(tokens)))
     sums = np.cumsum(tokens, dtype=np.float64)
     even = np.searchsorted(sums, np.linspace(0.0, sums[-1], most, endpoint=False)[1:])
-    packs = np.array([problem.pack_tokens(degree) for degree in problem.degrees])
+    packs = np.array(
+        [problem.pack_tokens(degree, recomputed=again) for degree in problem.degrees for again in (False, True)]
+    )
     ends = np.searchsorted(tokens, np.concatenate([packs, packs // 2]), side="right")
     cuts = np.concatenate([[0, len(tokens) - 1], even, ends])
     return Classes(problem, np.unique(cuts[cuts < len(tokens)]))

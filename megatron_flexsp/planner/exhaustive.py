@@ -63,11 +63,11 @@ class _Walk(ABC):
         self.problem = problem
         ranks = problem.domain_size
         self._work = [0.0]
-        for index, tokens in enumerate(problem.tokens):
+        for index in range(len(problem.tokens)):
             cheapest = min(
                 degree * problem.sequence_seconds[degree][index]
                 for degree in problem.degrees
-                if tokens <= problem.pack_tokens(degree)
+                if problem.holds(degree, index)
             )
             self._work.append(self._work[-1] + cheapest / ranks)
 
@@ -115,8 +115,10 @@ class _Walk(ABC):
         """The packs of one degree with a sequence added to one of them, or to a further one."""
         problem = self.problem
         tokens, seconds = problem.tokens[sequence], problem.sequence_seconds[degree][sequence]
+        recomputed = problem.is_recomputed(degree, sequence)
+        room = problem.pack_tokens(degree, recomputed=recomputed)
         for index, pack in enumerate(packs):
-            if pack[0] + tokens <= problem.pack_tokens(degree):
+            if pack[0] + tokens <= room and problem.is_recomputed(degree, pack[2][0]) == recomputed:
                 grown = (pack[0] + tokens, pack[1] + seconds, (*pack[2], sequence))
                 yield tuple(sorted((*packs[:index], grown, *packs[index + 1 :])))
         opened = self._opened(sequence, degree)
@@ -126,9 +128,10 @@ class _Walk(ABC):
     def _opened(self, sequence: int, degree: int) -> Pack | None:
         """A pack with one sequence, if it can hold it."""
         problem = self.problem
-        if problem.tokens[sequence] > problem.pack_tokens(degree):
+        if not problem.holds(degree, sequence):
             return None
-        opening = problem.overhead_seconds + problem.latency_seconds[degree]
+        recomputed = problem.is_recomputed(degree, sequence)
+        opening = problem.overhead_seconds + problem.micro_batch_latency(degree, recomputed=recomputed)
         return (problem.tokens[sequence], opening + problem.sequence_seconds[degree][sequence], (sequence,))
 
 
@@ -183,7 +186,8 @@ class _Nested(_Walk):
         def lay_out(block: Any, first: int) -> None:
             degree, packs, children = block
             for _, _, sequences in packs:
-                items.append(MicroBatch(first, degree, tuple(sorted(self.problem.positions[list(sequences)].tolist()))))
+                positions = tuple(sorted(self.problem.positions[list(sequences)].tolist()))
+                items.append(MicroBatch(first, degree, positions, self.problem.is_recomputed(degree, sequences[0])))
             start = first
             for child in sorted(children, key=lambda child: -child[0]):
                 lay_out(child, start)

@@ -62,6 +62,9 @@ def nested_bound_seconds(problem: Problem, deadline: float = math.inf) -> float:
     That is what counts the time that a lone long sequence leaves unused on its ranks. Fillers hold nothing
     and pay the overhead, as counted. Where ``count_multiple`` is c, n is a multiple of c.
 
+    Micro-batches that are recomputed hold more tokens, and no sequence that need not be (``laws.check_capacity``). So a
+    sequence that a degree would recompute fills slots of the greater capacity; their latency is taken for the others'.
+
     With p pipeline stages, the longest micro-batch of a rank counts p times (``step_seconds``). It is no shorter
     than their mean, so the n micro-batches themselves have no more than T n / (n + p - 1) seconds.
 
@@ -163,7 +166,7 @@ class Ranks:
         kind, degree, class_ = np.nonzero(fits)
         placed: list[tuple[ArrayLike, ArrayLike]] = [
             (class_rows[class_], 1.0),
-            (token_rows[kind, degree], classes.full_slots[class_]),
+            (token_rows[kind, degree], classes.full_slots[degree, class_]),
             (exclusive_rows[kind, degree], classes.exclusive_slots[degree, class_]),
             (second_rows[kind], classes.work[degree, class_]),
         ]

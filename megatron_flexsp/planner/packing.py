@@ -4,7 +4,8 @@ A greedy pass in the manner of multifit bin packing (Coffman, Garey and Johnson,
 to the narrowest. Because degrees never increase, all ranks of a block have the same history when its degree's
 turn comes, so one number, the seconds so far, describes it. Each sequence goes to the narrowest degree that
 holds it within capacity and target; then what a wide micro-batch has left over is topped up with shorter
-sequences, which spares its ranks a further micro-batch's overhead.
+sequences, which spares its ranks a further micro-batch's overhead. Where recomputing on few ranks is cheaper than many
+ranks, or needed, it goes to a recomputed micro-batch instead.
 """
 
 import math
@@ -21,6 +22,7 @@ from megatron_flexsp.planner.blocks import first_ranks
 from megatron_flexsp.planner.filling import fill
 from megatron_flexsp.planner.plans import MicroBatch
 from megatron_flexsp.planner.problem import Problem, topping_up_pays
+from megatron_flexsp.planner.recomputing import degrees_of_recomputed
 
 _MANY_BLOCKS = 128
 _WINDOW = 256
@@ -53,7 +55,11 @@ class Rules:
     """With a pipeline: plan for ranks that run so many micro-batches, none longer than if all were equal."""
 
     least_degrees: Mapping[int, int] = field(default_factory=dict)
-    """Degrees below which single sequences must not go."""
+    """Degrees below which single sequences must not go, unless they are recomputed."""
+
+    recomputing_price: float = 1.0
+    """Choose as if recomputing took so many times the rank-seconds that it takes; with infinity, only where a sequence
+    fits in no other way."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Packing:
     """When the last rank has ended."""
 
     levels: Sequence["_Level"]
-    """The packs of each degree, widest first."""
+    """The packs of each degree, widest first; those that are recomputed before the others."""
 
     fillers: Sequence[MicroBatch]
     """What brings every rank's count to what it must be."""
@@ -97,12 +103,23 @@ def pack(problem: Problem, target_seconds: float, rules: Rules) -> Packing | Non
         target_seconds = rules.even_count * most_seconds
     rank_seconds = [0.0] * problem.domain_size
     rank_counts = [0] * problem.domain_size
-    waiting = list(range(len(problem.tokens) - 1, -1, -1))
     admitted = {degree: _admitted(problem, degree, target_seconds, most_seconds) for degree in problem.degrees}
+    recomputed = degrees_of_recomputed(problem, target_seconds, most_seconds, rules.recomputing_price)
+    if recomputed is None:
+        return None
+    waiting = [sequence for sequence in range(len(problem.tokens) - 1, -1, -1) if sequence not in recomputed]
     levels: list[_Level] = []
     for index in range(len(problem.degrees) - 1, -1, -1):
-        fit_narrower = max((admitted[degree] for degree in problem.degrees[:index]), default=0)
-        level = _Level(problem, problem.degrees[index], target_seconds, most_seconds, rank_seconds, rank_counts)
+        degree = problem.degrees[index]
+        fit_narrower = max((admitted[narrower] for narrower in problem.degrees[:index]), default=0)
+        if degree in recomputed.values():
+            level = _Level(problem, degree, target_seconds, most_seconds, rank_seconds, rank_counts, recomputed=True)
+            levels.append(level)
+            longest_first = sorted((each for each, home in recomputed.items() if home == degree), reverse=True)
+            if not all(level.add(sequence) or level.open(sequence, rules) for sequence in longest_first):
+                return None
+            level.write_back(rank_seconds, rank_counts)
+        level = _Level(problem, degree, target_seconds, most_seconds, rank_seconds, rank_counts)
         levels.append(level)
         if index == 0:
             if level.is_hopeless(waiting):
@@ -135,7 +152,7 @@ def path_seconds(problem: Problem, micro_batches: Sequence[MicroBatch]) -> float
         taken = problem.overhead_seconds
         if not item.is_filler:
             work = problem.seconds_arrays[item.degree][numbers[list(item.sequences)]]
-            taken += problem.latency_seconds[item.degree] + float(work.sum())
+            taken += problem.micro_batch_latency(item.degree, recomputed=item.recomputed) + float(work.sum())
         ranks = slice(item.first_rank, item.first_rank + item.degree)
         seconds[ranks] += taken
         longest[ranks] = np.maximum(longest[ranks], taken)
@@ -202,9 +219,13 @@ class _Level:
         most_seconds: float,
         rank_seconds: list[float],
         rank_counts: list[int],
+        *,
+        recomputed: bool = False,
     ) -> None:
         self.degree = degree
+        self._recomputed = recomputed
         self._problem = problem
+        self._pack_tokens = problem.pack_tokens(degree, recomputed=recomputed)
         self._target_seconds = target_seconds
         self._tokens = problem.tokens
         self._added_seconds = problem.sequence_seconds[degree]
@@ -212,14 +233,15 @@ class _Level:
         self._block_seconds = [rank_seconds[first] for first in self._first_ranks]
         self._block_counts = [rank_counts[first] for first in self._first_ranks]
         self._opened_seconds: list[float] | NDArray[np.float64] = [
-            seconds + problem.opening_seconds(degree, count)
+            seconds + problem.opening_seconds(degree, count, recomputed=recomputed)
             for seconds, count in zip(self._block_seconds, self._block_counts, strict=True)
         ]
         self._pack_blocks: list[int] = []
         self._pack_sequences: list[list[int]] = []
         self._pack_tokens_left: list[int] = []
         self._pack_seconds_left: list[float] = []
-        self._most_work_seconds = most_seconds - problem.overhead_seconds - problem.latency_seconds[degree]
+        latency = problem.micro_batch_latency(degree, recomputed=recomputed)
+        self._most_work_seconds = most_seconds - problem.overhead_seconds - latency
         self._open_packs: list[tuple[int, int]] = []
         self.aligned_top_up = False
         if len(self._first_ranks) > _MANY_BLOCKS:
@@ -237,7 +259,7 @@ class _Level:
         if self._target_seconds == math.inf:
             return False
         tokens = sum(self._problem.tokens[sequence] for sequence in sequences)
-        packs = -(-tokens // self._problem.pack_tokens(self.degree))
+        packs = -(-tokens // self._pack_tokens)
         paid = sum(-count % self._problem.count_multiple for count in self._block_counts)
         needed = sum(self._added_seconds[sequence] for sequence in sequences)
         needed += max(0, packs - paid) * self._problem.overhead_seconds
@@ -257,8 +279,9 @@ class _Level:
 
     def open(self, sequence: int, rules: Rules) -> bool:
         """Open a pack for a sequence; False if no block has the time."""
-        rate = rules.reserve_share * self._rate
-        reserve = rate * (self._problem.pack_tokens(self.degree) - self._problem.tokens[sequence])
+        # Recomputed packs are not topped up.
+        rate = 0.0 if self._recomputed else rules.reserve_share * self._rate
+        reserve = rate * (self._pack_tokens - self._problem.tokens[sequence])
         block = None
         if reserve > 0:
             latest = self._target_seconds - self._added_seconds[sequence] - reserve
@@ -270,12 +293,13 @@ class _Level:
             return False
         self._block_seconds[block] = self._opened_seconds[block]
         self._block_counts[block] += 1
-        opening = self._problem.opening_seconds(self.degree, self._block_counts[block])
+        count = self._block_counts[block]
+        opening = self._problem.opening_seconds(self.degree, count, recomputed=self._recomputed)
         self._opened_seconds[block] += opening
         self._planned_seconds[block] += opening + reserve
         self._pack_blocks.append(block)
         self._pack_sequences.append([])
-        self._pack_tokens_left.append(self._problem.pack_tokens(self.degree))
+        self._pack_tokens_left.append(self._pack_tokens)
         self._pack_seconds_left.append(self._most_work_seconds)
         self._put(sequence, len(self._pack_blocks) - 1)
         return True
@@ -321,7 +345,7 @@ class _Level:
     def micro_batches(self) -> list[MicroBatch]:
         """The packs in the order in which they were opened."""
         return [
-            MicroBatch(self._first_ranks[block], self.degree, self._positions(sequences))
+            MicroBatch(self._first_ranks[block], self.degree, self._positions(sequences), self._recomputed)
             for block, sequences in zip(self._pack_blocks, self._pack_sequences, strict=True)
         ]
 

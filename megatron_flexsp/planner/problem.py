@@ -34,6 +34,9 @@ class Problem:
     tokens_per_rank: int
     """What a rank's slice may hold: the token capacity, cut down to a multiple of the slice multiple."""
 
+    recomputed_tokens_per_rank: int | None
+    """The same where activations are recomputed; None: nowhere."""
+
     count_multiple: int
     """Every rank runs a multiple of so many micro-batches."""
 
@@ -46,8 +49,12 @@ class Problem:
     latency_seconds: dict[int, float]
     """What a micro-batch of each degree costs beside its overhead."""
 
+    recomputing_seconds: dict[int, float]
+    """What it costs on top of both where it recomputes."""
+
     sequence_seconds: dict[int, list[float]]
-    """What each sequence adds to a group of each degree; never decreasing, like the tokens."""
+    """What each sequence adds to a group of each degree, recomputed where it fits no other pack of that degree; never
+    decreasing, like the tokens."""
 
     @cached_property
     def tokens_array(self) -> NDArray[np.int64]:
@@ -59,18 +66,30 @@ class Problem:
         """``sequence_seconds`` as arrays."""
         return {degree: np.array(row) for degree, row in self.sequence_seconds.items()}
 
-    def pack_tokens(self, degree: int) -> int:
+    def pack_tokens(self, degree: int, *, recomputed: bool = False) -> int:
         """Tokens that a pack of this degree can hold."""
-        return degree * self.tokens_per_rank
+        return degree * (self.recomputed_tokens_per_rank or 0 if recomputed else self.tokens_per_rank)
 
-    def opening_seconds(self, degree: int, count: int) -> float:
+    def holds(self, degree: int, sequence: int) -> bool:
+        """Whether a pack of this degree can hold a sequence, recomputed or not."""
+        return self.tokens[sequence] <= degree * (self.recomputed_tokens_per_rank or self.tokens_per_rank)
+
+    def is_recomputed(self, degree: int, sequence: int) -> bool:
+        """Whether a pack of this degree is recomputed if it holds this sequence."""
+        return self.tokens[sequence] > self.pack_tokens(degree)
+
+    def micro_batch_latency(self, degree: int, *, recomputed: bool = False) -> float:
+        """What a micro-batch costs beside the common overhead, before it holds a sequence."""
+        return self.latency_seconds[degree] + (self.recomputing_seconds[degree] if recomputed else 0.0)
+
+    def opening_seconds(self, degree: int, count: int, *, recomputed: bool = False) -> float:
         """What a further micro-batch costs ranks that run ``count`` already, before it holds a sequence.
 
         The first of every ``count_multiple`` pays the overheads of them all: fillers will take the places
         that no further micro-batch takes.
         """
         overheads = self.count_multiple if count % self.count_multiple == 0 else 0
-        return self.latency_seconds[degree] + overheads * self.overhead_seconds
+        return self.micro_batch_latency(degree, recomputed=recomputed) + overheads * self.overhead_seconds
 
 
 def topping_up_pays(problem: Problem, degree: int) -> bool:
@@ -87,6 +106,7 @@ def make_problem(
     *,
     degrees: Iterable[int] | None = None,
     token_capacity: int | None = None,
+    recomputed_token_capacity: int | None = None,
     slice_multiple: int = 1,
     count_multiple: int = 1,
     pipeline_stages: int = 1,
@@ -113,11 +133,24 @@ def make_problem(
             "every slice is padded to a multiple of; raise --flexsp-max-tokens-per-rank"
         )
     tokens_per_rank = capacity - capacity % slice_multiple
-    _check_longest(tokens, allowed, tokens_per_rank)
+    recomputed_tokens_per_rank = None
+    if recomputed_token_capacity is not None:
+        recomputed = _count("recomputed_token_capacity", recomputed_token_capacity)
+        if recomputed < capacity:
+            raise FlexSPError(
+                f"a rank can hold {recomputed} tokens where activations are recomputed and {capacity} where they are "
+                "kept, so nothing is gained: raise --flexsp-max-recomputed-tokens-per-rank, or don't recompute"
+            )
+        recomputed_tokens_per_rank = recomputed - recomputed % slice_multiple
+    _check_longest(tokens, allowed, recomputed_tokens_per_rank or tokens_per_rank)
     positions = np.argsort(tokens, kind="stable")
     in_order = tokens[positions]
     with np.errstate(over="ignore"):
         seconds = {degree: cost_model.sequence_seconds(in_order, degree) for degree in allowed}
+        if recomputed_tokens_per_rank is not None:
+            for degree, row in seconds.items():
+                again = cost_model.sequence_seconds(in_order, degree, recomputed=True)
+                seconds[degree] = np.where(in_order > degree * tokens_per_rank, again, row)
     if not np.isfinite(sum(row.sum() for row in seconds.values())):
         raise FlexSPError("the cost model's constants give no finite time for this batch; correct them")
     return Problem(
@@ -126,10 +159,12 @@ def make_problem(
         domain_size=domain_size,
         degrees=allowed,
         tokens_per_rank=tokens_per_rank,
+        recomputed_tokens_per_rank=recomputed_tokens_per_rank,
         count_multiple=count_multiple,
         pipeline_stages=cost_model.stages_counted(pipeline_stages),
         overhead_seconds=float(cost_model.micro_batch_overhead_seconds),
         latency_seconds={degree: cost_model.latency_seconds(degree) for degree in allowed},
+        recomputing_seconds={degree: cost_model.recomputing_seconds(degree) for degree in allowed},
         sequence_seconds={degree: row.tolist() for degree, row in seconds.items()},
     )
 

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from dataclasses import replace
 
 from megatron_flexsp.planner.packing import Packing, Rules, pack
 from megatron_flexsp.planner.problem import Problem
@@ -26,6 +27,8 @@ _PIPELINE_RULES = tuple(
 )
 _CLOSE_ENOUGH = 4e-3
 """A share of the bound within which no further pass is worth its time."""
+
+_RECOMPUTING_PRICES = (0.9, 1.0, 1.0, 1.0, 1.1, 1.3, math.inf)
 
 _LEAST_GAIN = 0.05
 """The share of the gap that a set of rules must close at once to be tried further."""
@@ -63,7 +66,7 @@ def search(problem: Problem, bound_seconds: float, deadline: float, seed: int = 
     """
     state = _Search(problem, bound_seconds, deadline)
     hoped_for = (1 + _HOPED_FOR_GAP) * bound_seconds
-    for number, rules in enumerate(_FIXED_RULES if problem.pipeline_stages == 1 else _PIPELINE_RULES):
+    for number, rules in enumerate(_fixed_rules(problem)):
         if state.is_over:
             break
         target = state.target(1 - _LEAST_GAIN)
@@ -73,6 +76,14 @@ def search(problem: Problem, bound_seconds: float, deadline: float, seed: int = 
             _bisect(state, rules, bound_seconds)
     _try_random_rules(state, seed)
     return state.best, state.is_cut_short
+
+
+def _fixed_rules(problem: Problem) -> tuple[Rules, ...]:
+    """What to try first."""
+    fixed = _FIXED_RULES if problem.pipeline_stages == 1 else _PIPELINE_RULES
+    if problem.recomputed_tokens_per_rank is None:
+        return fixed
+    return tuple(replace(rules, recomputing_price=price) for rules in fixed for price in (1.0, math.inf))
 
 
 class _Search:
@@ -151,4 +162,6 @@ def _try_random_rules(state: _Search, seed: int) -> None:
             even_count=generator.choice(_EVEN_COUNTS),
             least_degrees={sequence: generator.choice(problem.degrees) for sequence in widened},
         )
+        if problem.recomputed_tokens_per_rank is not None:
+            rules = replace(rules, recomputing_price=generator.choice(_RECOMPUTING_PRICES))
         state.improves(state.target(generator.choice((0.75, 0.85, 0.92, 0.97))), rules)

@@ -42,6 +42,7 @@ class PlanRequest:
     cost_model: CostModel
     domain_size: int
     token_capacity: int
+    recomputed_token_capacity: int | None = None
     slice_multiple: int = 1
     count_multiple: int = 1
     time_limit_seconds: float = 1.0
@@ -55,13 +56,18 @@ class PlanRequest:
             self.cost_model,
             self.domain_size,
             token_capacity=self.token_capacity,
+            recomputed_token_capacity=self.recomputed_token_capacity,
             slice_multiple=self.slice_multiple,
             count_multiple=self.count_multiple,
             time_limit_seconds=0.0 if quick else self.time_limit_seconds,
             **self.options,
         )
         made.validate(
-            lengths, self.token_capacity, slice_multiple=self.slice_multiple, count_multiple=self.count_multiple
+            lengths,
+            self.token_capacity,
+            recomputed_token_capacity=self.recomputed_token_capacity,
+            slice_multiple=self.slice_multiple,
+            count_multiple=self.count_multiple,
         )
         return made
 

@@ -35,6 +35,7 @@ def plan(
     degrees: Iterable[int] | None = None,
     static_degree: int | None = None,
     token_capacity: int | None = None,
+    recomputed_token_capacity: int | None = None,
     slice_multiple: int = 1,
     count_multiple: int = 1,
     pipeline_stages: int = 1,
@@ -62,6 +63,10 @@ def plan(
         divides the domain and holds the longest sequence.
     token_capacity
         Tokens that a rank can hold in one micro-batch; by default what the cost model's memory constants say.
+    recomputed_token_capacity
+        Tokens that a rank can hold in a micro-batch whose activations are recomputed. Where it is given, plans do so
+        with sequences that would fit in no other way, or only in groups so wide that exchanging costs more. Not in
+        lockstep, where all ranks of a round must make the same calls.
     slice_multiple
         Each rank's slice of a pack is padded up to a multiple of so many tokens.
     count_multiple
@@ -87,12 +92,18 @@ def plan(
     started = time.monotonic()
     deadline = _deadline(started, time_limit_seconds)
     _check_schedule(schedule, static_degree)
+    if schedule == "lockstep" and recomputed_token_capacity is not None:
+        raise FlexSPError(
+            "recomputed_token_capacity with schedule lockstep: micro-batches of a round are not recomputed one by one. "
+            "Use schedule nested, or leave the capacity out"
+        )
     problem = make_problem(
         lengths,
         cost_model,
         domain_size,
         degrees=degrees if static_degree is None else [static_degree],
         token_capacity=token_capacity,
+        recomputed_token_capacity=recomputed_token_capacity,
         slice_multiple=slice_multiple,
         count_multiple=count_multiple,
         pipeline_stages=pipeline_stages,
@@ -197,12 +208,13 @@ def _static_problems(problem: Problem) -> list[Problem]:
     usable = [
         replace(problem, degrees=(degree,))
         for degree in problem.degrees
-        if problem.domain_size % degree == 0 and problem.tokens[-1] <= problem.pack_tokens(degree)
+        if problem.domain_size % degree == 0 and problem.holds(degree, -1)
     ]
     if not usable:
         raise FlexSPError(
             f"a static plan needs a degree that divides the domain of {problem.domain_size} ranks and holds the "
-            f"longest sequence, {problem.tokens[-1]} tokens at {problem.tokens_per_rank} per rank; none of the "
+            f"longest sequence, {problem.tokens[-1]} tokens at "
+            f"{problem.recomputed_tokens_per_rank or problem.tokens_per_rank} per rank; none of the "
             f"allowed degrees {', '.join(map(str, problem.degrees))} does; allow another, or use schedule nested"
         )
     return usable

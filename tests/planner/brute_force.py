@@ -13,15 +13,31 @@ def best_seconds(schedule, lengths, cost_model, domain_size, **settings):
     return search(sorted(lengths), cost_model, domain_size, **settings)
 
 
-def _nested(lengths, cost_model, domain_size, *, capacity, degrees, count_multiple=1, pipeline_stages=1):
+def _nested(
+    lengths,
+    cost_model,
+    domain_size,
+    *,
+    capacity,
+    degrees,
+    recomputed_capacity=None,
+    count_multiple=1,
+    pipeline_stages=1,
+):
     blocks = [(first, d) for d in legal_degrees(domain_size) if d in degrees for first in first_ranks(d, domain_size)]
     best = float("inf")
     packs = []  # (first rank, degree, lengths)
 
+    def is_recomputed(degree, held):
+        return recomputed_capacity is not None and min(held) > degree * capacity
+
+    def fits(degree, held):
+        return sum(held) <= degree * (recomputed_capacity if is_recomputed(degree, held) else capacity)
+
     def step():
         seconds, longest, counts = [0.0] * domain_size, [0.0] * domain_size, [0] * domain_size
         for first, degree, held in packs:
-            taken = cost_model.micro_batch_seconds(held, degree)
+            taken = cost_model.micro_batch_seconds(held, degree, recomputed=is_recomputed(degree, held))
             for rank in range(first, first + degree):
                 seconds[rank] += taken
                 longest[rank] = max(longest[rank], taken)
@@ -40,12 +56,12 @@ def _nested(lengths, cost_model, domain_size, *, capacity, degrees, count_multip
             best = min(best, step())
             return
         for _, degree, held in packs:
-            if sum(held) + lengths[index] <= degree * capacity:
+            if fits(degree, [*held, lengths[index]]):
                 held.append(lengths[index])
                 place(index + 1)
                 held.pop()
         for first, degree in blocks:
-            if lengths[index] <= degree * capacity:
+            if fits(degree, [lengths[index]]):
                 packs.append((first, degree, [lengths[index]]))
                 place(index + 1)
                 packs.pop()

@@ -12,13 +12,16 @@ from tests.planner.brute_force import best_seconds
 INSTANCES = 150
 
 
-def draw_instance(generator):
-    """Lengths, a cost model and settings, small enough for brute force."""
+def draw_instance(generator, recompute_share=None):
+    """Lengths, a cost model and settings, small enough for brute force.
+
+    With a share, packs may be recomputed and sequences are up to three times as long as fits without.
+    """
     domain_size = int(generator.choice([1, 2, 3, 4]))
     capacity = int(generator.integers(5, 60))
     legal = legal_degrees(domain_size)
     degrees = [d for d in legal if d == legal[-1] or generator.random() < 0.8]
-    longest = max(degrees) * capacity
+    longest = max(degrees) * capacity * (1 if recompute_share is None else 3)
     count = int(generator.integers(1, 5))
     lengths = [int(n) for n in np.clip(generator.lognormal(np.log(capacity * 0.6), 0.9, count), 1, longest)]
 
@@ -35,6 +38,7 @@ def draw_instance(generator):
         exchange_bytes_per_token=1,
         exchange_bandwidth_bytes_per_second={d: float(generator.uniform(0.5, 20)) for d in legal if d > 1},
         exchange_latency_seconds={d: seconds(5.0) for d in legal if d > 1},
+        recompute_share=1 / 3 if recompute_share is None else recompute_share,
     )
     settings = {
         "count_multiple": int(generator.choice([1, 1, 1, 2])),
@@ -58,3 +62,35 @@ def test_plan_is_the_optimum_and_no_bound_is_above_it(schedule, seed):
     bound = lockstep_bound_seconds if schedule == "lockstep" else nested_bound_seconds
     assert simple_bound_seconds(problem) <= optimum * (1 + 1e-9)
     assert bound(problem) <= optimum * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("seed", range(INSTANCES))
+def test_plan_that_may_recompute_is_the_optimum_and_no_bound_is_above_it(seed):
+    generator = np.random.default_rng(1_000 + seed)
+    share = float(generator.choice([0.0, 1 / 3, 1.0]))
+    lengths, cost_model, domain_size, degrees, settings = draw_instance(generator, share)
+    capacity = cost_model.token_capacity
+    recomputed_capacity = 3 * capacity
+    optimum = best_seconds(
+        "nested",
+        lengths,
+        cost_model,
+        domain_size,
+        capacity=capacity,
+        recomputed_capacity=recomputed_capacity,
+        degrees=degrees,
+        **settings,
+    )
+    settings["recomputed_token_capacity"] = recomputed_capacity
+    found = plan(lengths, cost_model, domain_size, degrees=degrees, **settings)
+    found.validate(
+        lengths,
+        capacity,
+        recomputed_token_capacity=recomputed_capacity,
+        count_multiple=settings["count_multiple"],
+    )
+    assert found.predicted_seconds == pytest.approx(optimum, rel=1e-9)
+    assert found.lower_bound_seconds <= optimum * (1 + 1e-12)
+    problem = make_problem(lengths, cost_model, domain_size, degrees=degrees, **settings)
+    assert simple_bound_seconds(problem) <= optimum * (1 + 1e-9)
+    assert nested_bound_seconds(problem) <= optimum * (1 + 1e-12)

@@ -49,7 +49,11 @@ def feasible_arguments(draw):
     degrees = draw(st.lists(st.sampled_from(legal), min_size=1, unique=True))
     slice_multiple = draw(st.sampled_from([1, 2, 5]))
     token_capacity = draw(st.integers(slice_multiple, 200))
-    longest = max(degrees) * (token_capacity - token_capacity % slice_multiple)
+    recomputed = None
+    if schedule != "lockstep":
+        recomputed = draw(st.one_of(st.none(), st.integers(token_capacity, 8 * token_capacity)))
+    slice_capacity = token_capacity if recomputed is None else recomputed
+    longest = max(degrees) * (slice_capacity - slice_capacity % slice_multiple)
     lengths = st.one_of(st.integers(1, longest), st.integers(1, min(longest, 20)), st.just(longest))
     return {
         "lengths": draw(st.lists(lengths, min_size=1, max_size=40)),
@@ -58,6 +62,7 @@ def feasible_arguments(draw):
         "schedule": schedule,
         "degrees": degrees,
         "token_capacity": token_capacity,
+        "recomputed_token_capacity": recomputed,
         "slice_multiple": slice_multiple,
         "count_multiple": draw(st.sampled_from([1, 1, 2, 3])),
         "pipeline_stages": draw(st.sampled_from([1, 1, 2, 5])),
@@ -74,6 +79,7 @@ def test_every_plan_keeps_the_laws_and_its_own_word(arguments):
     found.validate(
         lengths,
         arguments["token_capacity"],
+        recomputed_token_capacity=arguments["recomputed_token_capacity"],
         slice_multiple=arguments["slice_multiple"],
         count_multiple=arguments["count_multiple"],
     )
