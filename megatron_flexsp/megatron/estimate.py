@@ -53,8 +53,6 @@ def estimate_cost_model(
     width, vocabulary = args.hidden_size, args.padded_vocab_size or args.vocab_size or 0
     sizes = head_sizes(args)
     shared_weights, own_weights = attention_weights(args)
-    bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
-
     matrices = 3 if args.swiglu else 2
     routed_layers = min(layers, experts.routed_layers_of_a_stage(args))
     dense_weights = (layers - routed_layers) * matrices * width * args.ffn_hidden_size
@@ -69,17 +67,12 @@ def estimate_cost_model(
     # Two products of a causal half square, forward; twice that backward.
     attention_operations = passes * layers * (sizes.query_values + sizes.result_values) / tensor_size
 
-    # Korthikanti et al. (arXiv 2205.05198), table 2, with attention scores never kept.
-    kept_per_layer = 2 if args.recompute_granularity == "full" else 34
-    shared = tensor_size if args.sequence_parallel or tensor_size == 1 else max(tensor_size / 2, 1)
-    kept_bytes = layers * kept_per_layer * width
-    if args.recompute_granularity != "full":
-        # In the table, 19 of the 34 are a dense layer's second half.
-        kept_bytes += routed_layers * (experts.kept_bytes_of_layer(args, matrices) - 19 * width)
-    activation_bytes = kept_bytes * bytes_per_value / 2 / shared + predictions * 6 * vocabulary / tensor_size
-    if args.recompute_granularity != "full":
-        of_heads, of_latents = latent_activations(args)
-        activation_bytes += layers * bytes_per_value * (of_heads / tensor_size + of_latents / shared)
+    logit_bytes = predictions * 6 * vocabulary / tensor_size
+    recomputed_bytes = logit_bytes + _recomputed_layer_bytes(args, layers, matrices)
+    if args.recompute_granularity == "full":
+        activation_bytes, recomputed_bytes = recomputed_bytes, 0.0
+    else:
+        activation_bytes = logit_bytes + _kept_bytes(args, layers, routed_layers, matrices)
     state_bytes = held_weights * _state_bytes_per_weight(args, args.data_parallel_size)
     if args.num_experts:
         expert_bytes = _state_bytes_per_weight(args, experts.optimizer_ranks(args))
@@ -102,15 +95,43 @@ def estimate_cost_model(
         activation_bytes_per_token=activation_bytes,
         attention_seconds_per_token_squared=attention_operations / flops,
         linear_seconds_per_token=linear_operations / flops,
-        micro_batch_overhead_seconds=layers * layer_seconds,
+        micro_batch_overhead_seconds=layers * layer_seconds * passes / 3,
         exchange_bytes_per_token=exchange_bytes_per_token(args),
         exchange_bandwidth_bytes_per_second={
             degree: _with_ring(args, degree, _bandwidth(degree * tensor_size, ranks_per_node, gpu is None))
             for degree in wide
         },
         exchange_latency_seconds={degree: exchanges * _latency(degree, gpu is None) for degree in wide},
+        recomputed_activation_bytes_per_token=recomputed_bytes,
         note="estimated from the model's arguments, not measured",
     )
+
+
+def _kept_bytes(args: argparse.Namespace, layers: int, routed_layers: int, matrices: int) -> float:
+    """What layers keep of a token on one rank: Korthikanti et al. (arXiv 2205.05198), table 2, but attention scores."""
+    tensor_size, shared = args.tensor_model_parallel_size, _ranks_that_share(args)
+    # In the table, 19 of the 34 are a dense layer's second half.
+    kept = layers * 34 * args.hidden_size
+    kept += routed_layers * (experts.kept_bytes_of_layer(args, matrices) - 19 * args.hidden_size)
+    of_heads, of_latents = latent_activations(args)
+    return _bytes_per_value(args) * (kept / 2 / shared + layers * (of_heads / tensor_size + of_latents / shared))
+
+
+def _recomputed_layer_bytes(args: argparse.Namespace, layers: int, matrices: int) -> float:
+    """The same where layers are recomputed one by one: what goes into each, and all of one."""
+    routed = min(1, experts.routed_layers_of_a_stage(args))
+    inputs = layers * args.hidden_size * _bytes_per_value(args) / _ranks_that_share(args)
+    return inputs + _kept_bytes(args, 1, routed, matrices)
+
+
+def _bytes_per_value(args: argparse.Namespace) -> int:
+    return 4 if args.params_dtype.itemsize == 4 else 2
+
+
+def _ranks_that_share(args: argparse.Namespace) -> float:
+    """Tensor-parallel ranks among which what lies between a layer's matrices is spread."""
+    tensor_size: int = args.tensor_model_parallel_size
+    return tensor_size if args.sequence_parallel or tensor_size == 1 else max(tensor_size / 2, 1)
 
 
 def _state_bytes_per_weight(args: argparse.Namespace, ranks: float) -> float:
@@ -129,7 +150,7 @@ def with_ring_exchange(cost_model: CostModel, args: argparse.Namespace) -> CostM
     ranks. None of it is taken to be hidden, which holds while a rank has a few thousand tokens of a sequence.
     """
     layers = _layers(args)
-    bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
+    bytes_per_value = _bytes_per_value(args)
     passed_on = 3 * head_sizes(args).key_value_values * bytes_per_value / args.tensor_model_parallel_size
     # Two rounds of d - 1 steps a layer, in place of four exchanges.
     steps = 2 / 4
@@ -152,8 +173,9 @@ def _layers(args: argparse.Namespace) -> int:
 
 
 def exchanges_per_micro_batch(args: argparse.Namespace) -> int:
-    """All-to-alls of the fullest pipeline stage: one before and one after each attention, forward and backward."""
-    return 4 * _layers(args)
+    """All-to-alls of the fullest pipeline stage: one before and one after each attention, for each pass through it."""
+    passes = 3 if args.recompute_granularity == "full" else 2
+    return 2 * passes * _layers(args)
 
 
 def exchange_bytes_per_token(args: argparse.Namespace) -> float:
@@ -161,7 +183,7 @@ def exchange_bytes_per_token(args: argparse.Namespace) -> float:
     sizes = head_sizes(args)
     # The mean of the two ways.
     values = (sizes.query_values + sizes.key_value_values + sizes.result_values) / 2
-    bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
+    bytes_per_value = _bytes_per_value(args)
     return exchanges_per_micro_batch(args) * values * bytes_per_value / args.tensor_model_parallel_size
 
 
@@ -177,7 +199,7 @@ def _with_ring(args: argparse.Namespace, degree: int, bandwidth: float) -> float
         return bandwidth
     sizes = head_sizes(args)
     held_heads = max(1.0, sizes.key_value_heads / args.tensor_model_parallel_size / (degree // ring_size))
-    bytes_per_value = 4 if args.params_dtype.itemsize == 4 else 2
+    bytes_per_value = _bytes_per_value(args)
     layers = _layers(args)
     passed_bytes = layers * held_heads * sizes.widest * (2 * 2 * bytes_per_value + 2 * 4)
     ring_bytes = passed_bytes * (ring_size - 1) / ring_size

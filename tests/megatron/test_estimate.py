@@ -91,3 +91,18 @@ def test_recomputed_projections_keep_the_latents_alone() -> None:
     ]
     fewer = kept[0].activation_bytes_per_token - kept[1].activation_bytes_per_token
     assert fewer == LAYERS * HEADS * (192 + 192 + 128) * 2
+
+
+def test_a_recomputed_micro_batch_keeps_what_goes_into_its_layers_and_one_layer() -> None:
+    options = {"gpu": (9, 80 << 30), "ranks_per_node": 8, "micro_batches_in_flight": 1}
+    model = estimate_cost_model(arguments(), (1, 8), **options)
+    width, logits = 1024, 6 * 1000
+    assert model.activation_bytes_per_token == LAYERS * 34 * width + logits
+    assert model.recomputed_activation_bytes_per_token == LAYERS * 2 * width + 34 * width + logits
+    # A run that recomputes everything is one of such micro-batches: its third forward costs as much.
+    always = estimate_cost_model(arguments(recompute_granularity="full"), (1, 8), **options)
+    assert always.activation_bytes_per_token == model.recomputed_activation_bytes_per_token
+    assert always.recomputed_activation_bytes_per_token == 0
+    for degree in (1, 8):
+        again = model.micro_batch_seconds([700, 3000], degree, recomputed=True)
+        assert always.micro_batch_seconds([700, 3000], degree) == pytest.approx(again)
