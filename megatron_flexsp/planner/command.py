@@ -1,8 +1,9 @@
 """``flexsp plan``: plans the global batches of a file of lengths, and shows how good the plans are."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner import ASKABLE_SCHEDULES, Plan, load_cost_model, plan, preset_names
+from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, Plan, load_cost_model, plan, preset_names
 from megatron_flexsp.planner.lengths_file import read_lengths
 from megatron_flexsp.planner.plans_file import planned_line
 
@@ -29,6 +30,45 @@ class Degrees(click.ParamType):
             return tuple(int(degree) for degree in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is no list such as 2,4,8", param, ctx)
+
+
+def recomputing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that let plans recompute activations."""
+    command = click.option(
+        "--max-recomputed-tokens-per-rank",
+        type=click.IntRange(min=1),
+        metavar="TOKENS",
+        help="What a rank holds where activations are recomputed; default: what the cost model says.",
+    )(command)
+    return click.option(
+        "--recompute",
+        is_flag=True,
+        help="Let plans recompute the activations of single micro-batches, as --flexsp-recompute does.",
+    )(command)
+
+
+def with_recomputing(cost_model: CostModel, recompute: bool, tokens: int | None) -> tuple[CostModel, int | None]:
+    """The cost model and the capacity of recomputed micro-batches that the two options ask for.
+
+    Raises
+    ------
+    FlexSPError
+        If the capacity is neither given nor in the cost model.
+    """
+    if not recompute:
+        if tokens is not None:
+            raise FlexSPError("--max-recomputed-tokens-per-rank needs --recompute")
+        return cost_model, None
+    if tokens is not None:
+        free_bytes = cost_model.memory_budget_bytes - cost_model.model_state_bytes
+        # Half a token more: a whole number of them must survive the division.
+        cost_model = replace(cost_model, recomputed_activation_bytes_per_token=free_bytes / (tokens + 0.5))
+    elif cost_model.recomputed_activation_bytes_per_token == 0:
+        raise FlexSPError(
+            "--recompute: the cost model has no recomputed_activation_bytes_per_token, so the capacity is unknown; "
+            "give --max-recomputed-tokens-per-rank"
+        )
+    return cost_model, cost_model.recomputed_token_capacity
 
 
 @click.command(name="plan")
@@ -47,6 +87,7 @@ class Degrees(click.ParamType):
 @click.option("--schedule", default="nested", show_default=True, type=click.Choice(ASKABLE_SCHEDULES))
 @click.option("--static-degree", type=click.IntRange(min=1), help="The one degree of a static plan.")
 @click.option("--degrees", type=Degrees(), help="Degrees that may be used, with commas; all by default.")
+@recomputing_options
 @click.option("--pad-each-to", default=1, type=click.IntRange(min=1), help="Pad each sequence to a multiple of this.")
 @click.option("--max-sequence", type=click.IntRange(min=1), help="Drop lengths above this.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop improving a plan after this.")
@@ -62,6 +103,8 @@ def plan_command(
     schedule: str,
     static_degree: int | None,
     degrees: tuple[int, ...] | None,
+    recompute: bool,
+    max_recomputed_tokens_per_rank: int | None,
     pad_each_to: int,
     max_sequence: int | None,
     time_limit: float | None,
@@ -73,7 +116,9 @@ def plan_command(
     \b
     flexsp plan lengths.txt --cost-model gpt-7b-192k --ranks 64 --global-batch-size 512 --batches 3
     """
-    cost_model = load_cost_model(cost_model_name)
+    cost_model, recomputed_token_capacity = with_recomputing(
+        load_cost_model(cost_model_name), recompute, max_recomputed_tokens_per_rank
+    )
     lengths = read_lengths(lengths_file)
     if max_sequence is not None:
         lengths = lengths[lengths <= max_sequence]
@@ -91,6 +136,7 @@ def plan_command(
                 schedule=schedule,
                 degrees=degrees,
                 static_degree=static_degree,
+                recomputed_token_capacity=recomputed_token_capacity,
                 time_limit_seconds=time_limit,
                 seed=seed,
             )
@@ -151,9 +197,12 @@ def _new_table() -> Table:
 
 
 def _add_plan(table: Table, number: int, made: Plan) -> None:
-    degrees = Counter(item.degree for item in made.micro_batches if not item.is_filler)
+    degrees = Counter((item.degree, item.recomputed) for item in made.micro_batches if not item.is_filler)
     fillers = sum(item.is_filler for item in made.micro_batches)
-    by_degree = [f"{count}x{degree}" for degree, count in sorted(degrees.items(), reverse=True)]
+    by_degree = [
+        f"{count}x{degree}{' recomputed' if recomputed else ''}"
+        for (degree, recomputed), count in sorted(degrees.items(), reverse=True)
+    ]
     table.add_row(
         str(number),
         str(len(made.micro_batches)),

@@ -12,7 +12,7 @@ first line counts 1 + recompute_share times, the second 1.5 times.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +244,21 @@ class CostModel:
         if recomputed:
             opening += self.recomputing_seconds(degree)
         return float(opening + self.sequence_seconds(lengths, degree, recomputed=recomputed).sum())
+
+    def always_recomputed(self) -> "CostModel":
+        """The costs of a run that recomputes every micro-batch, with the token capacity that it has."""
+        compute, exchange = 1 + self.recompute_share, 1 + _EXCHANGED_AGAIN
+        bandwidth, latency = self.exchange_bandwidth_bytes_per_second, self.exchange_latency_seconds
+        return replace(
+            self,
+            activation_bytes_per_token=self.recomputed_activation_bytes_per_token,
+            recomputed_activation_bytes_per_token=0.0,
+            attention_seconds_per_token_squared=compute * self.attention_seconds_per_token_squared,
+            linear_seconds_per_token=compute * self.linear_seconds_per_token,
+            micro_batch_overhead_seconds=compute * self.micro_batch_overhead_seconds,
+            exchange_bandwidth_bytes_per_second={degree: value / exchange for degree, value in bandwidth.items()},
+            exchange_latency_seconds={degree: value * exchange for degree, value in latency.items()},
+        )
 
     def _bandwidth(self, degree: int) -> float:
         bandwidth = self.exchange_bandwidth_bytes_per_second.get(degree)

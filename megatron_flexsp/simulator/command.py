@@ -14,7 +14,7 @@ from rich.table import Table
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import load_cost_model, preset_names
-from megatron_flexsp.planner.command import Degrees, opened
+from megatron_flexsp.planner.command import Degrees, opened, recomputing_options, with_recomputing
 from megatron_flexsp.planner.lengths_file import read_lengths
 from megatron_flexsp.planner.plans_file import planned_line
 from megatron_flexsp.simulator.batches import (
@@ -24,7 +24,15 @@ from megatron_flexsp.simulator.batches import (
     read_document_lengths,
     with_longest,
 )
-from megatron_flexsp.simulator.comparison import STRATEGIES, Cluster, Outcome, compare, static_degree_for
+from megatron_flexsp.simulator.comparison import (
+    RECOMPUTING,
+    STRATEGIES,
+    Cluster,
+    Outcome,
+    compare,
+    holds_without_recomputing,
+    static_degree_for,
+)
 from megatron_flexsp.simulator.stragglers import Stragglers
 
 _SCALE_BATCHES = 3
@@ -63,13 +71,13 @@ class _Strategies(click.ParamType):
 @click.option(
     "--compare",
     "strategies",
-    default=",".join(STRATEGIES),
-    show_default=True,
     type=_Strategies(),
-    help="Ways to train, with commas; speeds are relative to the first.",
+    help=f"Ways to train, with commas, of {', '.join(STRATEGIES)}; speeds are relative to the first. Default: all, the "
+    "last two with --recompute.",
 )
 @click.option("--static-degree", type=click.IntRange(min=1), help="Of static; default: what the longest needs.")
 @click.option("--degrees", type=Degrees(), help="Degrees that may be used, with commas; all by default.")
+@recomputing_options
 @click.option("--max-sequence", type=click.IntRange(min=1), help="The longest sequence, as --seq-length.")
 @click.option(
     "--overlong", default="split", show_default=True, type=click.Choice(OVERLONG), help="What longer ones become."
@@ -95,9 +103,11 @@ def simulate_command(
     global_batch_size: int,
     batches: int,
     skip_batches: int,
-    strategies: tuple[str, ...],
+    strategies: tuple[str, ...] | None,
     static_degree: int | None,
     degrees: tuple[int, ...] | None,
+    recompute: bool,
+    max_recomputed_tokens_per_rank: int | None,
     max_sequence: int | None,
     overlong: str,
     pad_each_to: int,
@@ -119,13 +129,17 @@ def simulate_command(
     """
     source = _source(lengths_file, data_path, max_sequence, overlong, pad_each_to, seed)
     stragglers = Stragglers(straggler_share, straggler_slowdown, seed) if straggler_share else None
+    cost_model, recomputed_token_capacity = with_recomputing(
+        load_cost_model(cost_model_name), recompute, max_recomputed_tokens_per_rank
+    )
 
     def cluster(domain_size: int) -> Cluster:
         return Cluster(
-            cost_model=load_cost_model(cost_model_name),
+            cost_model=cost_model,
             domain_size=domain_size,
             degrees=degrees,
             static_degree=static_degree,
+            recomputed_token_capacity=recomputed_token_capacity,
             pipeline_stages=pipeline_stages,
             reduction_seconds=reduction_seconds,
             stragglers=stragglers,
@@ -135,6 +149,7 @@ def simulate_command(
 
     console = Console(highlight=False)
     drawn = source.batches(global_batch_size, batches, skip_batches)
+    strategies = _strategies(strategies, drawn, cluster(ranks))
     with opened(output) as file:
         outcomes = _outcomes(drawn, strategies, cluster(ranks), "simulating", file)
     console.print(_describe(drawn, ranks), soft_wrap=True)
@@ -147,6 +162,19 @@ def simulate_command(
             wider = source.drawn(per_batch, min(batches, _SCALE_BATCHES), seed)
             rows.append((size, per_batch, _outcomes(wider, strategies, cluster(size), f"simulating {size} ranks")))
         console.print(_scale_table(rows))
+
+
+def _strategies(asked: tuple[str, ...] | None, batches: Sequence[Lengths], cluster: Cluster) -> tuple[str, ...]:
+    """What to compare: by default what can run, with everything recomputed or not."""
+    recomputes = cluster.recomputed_token_capacity is not None
+    for name in asked or ():
+        if name in RECOMPUTING and not recomputes:
+            raise FlexSPError(f"--compare {name} needs --recompute")
+    if asked is not None:
+        return asked
+    if not recomputes:
+        return tuple(name for name in STRATEGIES if name not in RECOMPUTING)
+    return STRATEGIES if holds_without_recomputing(batches, cluster) else RECOMPUTING
 
 
 def _source(
@@ -187,7 +215,7 @@ def _outcomes(
             outcomes[strategy].add(made, batches[number], timeline)
             if file is not None:
                 about = {"strategy": strategy, "batch": number, "pipeline_stages": cluster.pipeline_stages}
-                file.write(planned_line(made, batches[number], cluster.cost_model, **about) + "\n")
+                file.write(planned_line(made, batches[number], cluster.costs(strategy), **about) + "\n")
     return outcomes
 
 
@@ -229,8 +257,9 @@ def _verdict(outcomes: dict[str, Outcome], batches: Sequence[Lengths], cluster: 
     best = max(others, key=lambda outcome: outcome.tokens_per_second)
     speeds = best.speeds_over(first)
     name = first.strategy
-    if name == "static":
-        name = f"one static degree of {static_degree_for(max(int(batch.max()) for batch in batches), cluster)}"
+    if name.startswith("static"):
+        degree = static_degree_for(max(int(batch.max()) for batch in batches), cluster, name)
+        name = f"one static degree of {degree}{', all recomputed,' if name in RECOMPUTING else ''}"
     return (
         f"{best.strategy} would train {best.speed_over(first):.2f} times as fast as {name} "
         f"({speeds.min():.2f} to {speeds.max():.2f} from batch to batch), if the cost model holds."

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_flexsp.planner import CostModel, Plan, micro_batch_seconds, padding_share, plan
+from megatron_flexsp.planner import CostModel, Plan, legal_degrees, micro_batch_seconds, padding_share, plan
 from megatron_flexsp.simulator.events import Timeline, simulate
 from megatron_flexsp.simulator.stragglers import Stragglers
 
-STRATEGIES = ("static", "batch-adaptive", "lockstep", "nested")
+RECOMPUTING = ("static-recompute", "nested-recompute")
+"""Static groups in a run that recomputes everything, as long contexts often make people do; and nested plans that
+recompute only where it pays."""
+
+STRATEGIES = ("static", "batch-adaptive", "lockstep", "nested", *RECOMPUTING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,9 @@ class Cluster:
     static_degree: int | None = None
     """The degree of the static strategy; None for the narrowest that holds the longest sequence."""
 
+    recomputed_token_capacity: int | None = None
+    """Tokens that a rank can hold in a recomputed micro-batch; None: no strategy may recompute."""
+
     pipeline_stages: int = 1
     reduction_seconds: float = 0.0
     stragglers: Stragglers | None = None
@@ -34,6 +41,10 @@ class Cluster:
     """Of planning one batch."""
 
     seed: int = 0
+
+    def costs(self, strategy: str) -> CostModel:
+        """What micro-batches cost under a strategy."""
+        return self.cost_model.always_recomputed() if strategy == "static-recompute" else self.cost_model
 
 
 @dataclass
@@ -97,7 +108,7 @@ def compare(
             made = _plan(batch, strategy, cluster, longest)
             timeline = simulate(
                 made,
-                micro_batch_seconds(made, batch, cluster.cost_model),
+                micro_batch_seconds(made, batch, cluster.costs(strategy)),
                 pipeline_stages=cluster.pipeline_stages,
                 slowdowns=slowdowns,
                 reduction_seconds=cluster.reduction_seconds,
@@ -105,22 +116,33 @@ def compare(
             yield strategy, number, made, timeline
 
 
-def static_degree_for(longest: int, cluster: Cluster) -> int:
-    """The one degree of the static strategy: as given, or the narrowest that holds the longest sequence of all."""
-    if cluster.static_degree is not None:
+def holds_without_recomputing(batches: Sequence[NDArray[np.int64]], cluster: Cluster) -> bool:
+    """Whether some group can hold the longest sequence with its activations kept."""
+    longest = max(int(batch.max()) for batch in batches)
+    degrees = cluster.degrees or legal_degrees(cluster.domain_size)
+    priced = [degree for degree in degrees if degree in {1, *cluster.cost_model.exchange_bandwidth_bytes_per_second}]
+    return longest <= max(priced, default=1) * cluster.cost_model.token_capacity
+
+
+def static_degree_for(longest: int, cluster: Cluster, strategy: str = "static") -> int:
+    """The one degree of a static strategy: as given, or the narrowest that holds the longest sequence of all."""
+    if cluster.static_degree is not None and strategy == "static":
         return cluster.static_degree
-    alone = plan([longest], cluster.cost_model, cluster.domain_size, schedule="static", degrees=cluster.degrees)
+    costs = cluster.costs(strategy)
+    alone = plan([longest], costs, cluster.domain_size, schedule="static", degrees=cluster.degrees)
     return max(item.degree for item in alone.micro_batches)
 
 
 def _plan(batch: NDArray[np.int64], strategy: str, cluster: Cluster, longest: int) -> Plan:
+    schedule = strategy.removesuffix("-recompute")
     return plan(
         batch,
-        cluster.cost_model,
+        cluster.costs(strategy),
         cluster.domain_size,
-        schedule=strategy,
+        schedule=schedule,
         degrees=cluster.degrees,
-        static_degree=static_degree_for(longest, cluster) if strategy == "static" else None,
+        static_degree=static_degree_for(longest, cluster, strategy) if schedule == "static" else None,
+        recomputed_token_capacity=cluster.recomputed_token_capacity if strategy == "nested-recompute" else None,
         pipeline_stages=cluster.pipeline_stages,
         time_limit_seconds=cluster.time_limit_seconds,
         seed=cluster.seed,

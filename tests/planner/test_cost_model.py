@@ -30,6 +30,16 @@ def test_micro_batch_adds_overhead_and_latency_once(simple_model):
     assert simple_model.micro_batch_seconds([], 1) == 10
 
 
+def test_recomputing_runs_the_forward_and_its_exchanges_once_more(simple_model):
+    model = replace(simple_model, recompute_share=0.5)
+    assert model.micro_batch_seconds([30, 10], 1, recomputed=True) == 1.5 * (10 + 40)
+    exchanges = 3 + 8 * 40 / (4 * 2)  # latency and bytes: half of both are the forward's
+    assert model.micro_batch_seconds([30, 10], 4, recomputed=True) == 1.5 * (10 + 40 / 4) + 1.5 * exchanges
+    always = replace(model, recomputed_activation_bytes_per_token=2).always_recomputed()
+    assert always.micro_batch_seconds([30, 10], 4) == model.micro_batch_seconds([30, 10], 4, recomputed=True)
+    assert always.token_capacity == 500
+
+
 def test_token_capacity_is_rounded_down(simple_model, published_7b):
     assert simple_model.token_capacity == 100
     assert replace(simple_model, model_state_bytes=1).token_capacity == 99
@@ -37,7 +47,14 @@ def test_token_capacity_is_rounded_down(simple_model, published_7b):
 
 
 def test_json_round_trip(tmp_path, published_7b):
-    model = replace(published_7b, pipeline_fill_share=0.0, note="64 A100", measurement={"date": "2024-12-02"})
+    model = replace(
+        published_7b,
+        pipeline_fill_share=0.0,
+        recomputed_activation_bytes_per_token=9e5,
+        recompute_share=0.3,
+        note="64 A100",
+        measurement={"date": "2024-12-02"},
+    )
     path = tmp_path / "model.json"
     path.write_text(model.to_json())
     assert CostModel.load(path) == model

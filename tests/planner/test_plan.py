@@ -1,6 +1,7 @@
 """Plans: their JSON, their digest and the laws that they keep."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -20,6 +21,8 @@ NESTED = make_plan((0, 2, (0,)), (0, 1, (1,)), (1, 1, (2, 3)))
 
 def test_json_round_trip():
     assert Plan.from_json(NESTED.to_json()) == NESTED
+    recomputed = make_plan((0, 1, (0,), True), (1, 1, (1, 2, 3)))
+    assert Plan.from_json(recomputed.to_json()) == recomputed
 
 
 def test_json_is_the_documented_one():
@@ -44,6 +47,7 @@ def test_digest_is_that_of_what_is_executed():
     assert replace(NESTED, schedule="static").digest() != NESTED.digest()
     assert replace(NESTED, domain_size=4).digest() != NESTED.digest()
     assert make_plan((0, 2, (0,)), (1, 1, (1,)), (0, 1, (2, 3))).digest() != NESTED.digest()
+    assert make_plan((0, 2, (0,), True), (0, 1, (1,)), (1, 1, (2, 3))).digest() != NESTED.digest()
 
 
 def test_digest_does_not_change_between_versions():
@@ -104,6 +108,28 @@ def test_capacity_counts_the_padding_of_slices():
         plan.validate([20, 1], token_capacity=11, slice_multiple=4)
 
 
+@pytest.mark.parametrize(
+    ("plan", "law"),
+    [
+        (make_plan((0, 1, (0,), True), (1, 1, (1, 2, 3))), None),
+        (make_plan((0, 1, (0,)), (1, 1, (1, 2, 3))), "100 tokens, padding counted; the capacity is 60$"),
+        (
+            make_plan((0, 2, (0,), True), (0, 1, (1,)), (1, 1, (2, 3))),
+            "sequence 0 of 100 tokens, which 2 ranks can hold",
+        ),
+        (make_plan((0, 1, (0, 3), True), (1, 1, (1, 2))), "sequence 3 of 10 tokens, which 1 ranks can hold without"),
+        (make_plan((0, 1, (0,), True), (1, 1, (1, 2, 3)), (0, 1, (), True)), "fillers are not"),
+    ],
+)
+def test_only_what_fits_in_no_other_way_is_recomputed(plan, law):
+    with nullcontext() if law is None else pytest.raises(PlanError, match=law):
+        plan.validate(LENGTHS, token_capacity=60, recomputed_token_capacity=120)
+    with pytest.raises(PlanError, match="nothing may be"):
+        make_plan((0, 1, (0,), True), (1, 1, (1, 2, 3))).validate(LENGTHS, token_capacity=60)
+    with pytest.raises(PlanError, match="the capacity is 99, recomputed"):
+        make_plan((0, 1, (0,), True), (1, 1, (1, 2, 3))).validate(LENGTHS, 60, recomputed_token_capacity=99)
+
+
 def test_rejects_counts_that_do_not_fit_the_pipeline():
     with pytest.raises(PlanError, match="rank 0 runs 1 micro-batches; expected a multiple of 2"):
         make_plan((0, 2, (0,))).validate([5], token_capacity=100, count_multiple=2)
@@ -118,6 +144,10 @@ def test_rejects_counts_that_do_not_fit_the_pipeline():
         ({"schedule": "sideways"}, "schedule is 'sideways'"),
         ({"status": "splendid"}, "status is 'splendid'"),
         ({"micro_batches": {}}, "micro_batches is {}"),
+        (
+            {"micro_batches": [{"first_rank": 0, "degree": 1, "sequences": [0], "recomputed": 1}]},
+            r"micro_batches\[0\].recomputed is 1",
+        ),
         ({"micro_batches": [3]}, r"micro_batches\[0\] is 3"),
         ({"micro_batches": [{"first_rank": 0, "degree": 1}]}, r"micro_batches\[0\].sequences is missing"),
         (

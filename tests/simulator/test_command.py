@@ -125,3 +125,32 @@ def test_refuses_a_missing_and_a_double_source(lengths_file):
 def test_refuses_fewer_sequences_than_a_batch(lengths_file):
     with pytest.raises(FlexSPError, match="holds 200 sequences, 0 batches of --global-batch-size 201"):
         run(lengths_file, *COMMON[:-1], 201)
+
+
+RECOMPUTE = ("--recompute", "--max-recomputed-tokens-per-rank", 20_000)
+
+
+def test_recomputing_is_compared_with_static_groups_that_recompute_everything(tmp_path):
+    path = tmp_path / "lengths.txt"
+    path.write_text("\n".join(map(str, [50_000, *[900] * 79])))  # 50,000 tokens: 8 ranks, or 4 that recompute
+    options = (path, *COMMON, "--batches", 1, *RECOMPUTE)
+    found = rows(run(*options))
+    assert list(found) == ["static", "batch-adaptive", "lockstep", "nested", "static-recompute", "nested-recompute"]
+    costs = load_cost_model("gpt-7b-192k")
+    batch = [50_000, *[900] * 39]
+    again = plan(batch, costs, 8, recomputed_token_capacity=20_000)
+    assert float(found["nested-recompute"][0]) == pytest.approx(again.predicted_seconds, abs=1e-3)
+    everywhere = plan(batch, costs.always_recomputed(), 8, schedule="static", static_degree=4, token_capacity=20_000)
+    assert float(found["static-recompute"][0]) == pytest.approx(everywhere.predicted_seconds, abs=1e-3)
+
+    path.write_text("\n".join(map(str, [60_000, *[900] * 79])))  # no group keeps 60,000
+    result = run(*options)
+    assert list(rows(result)) == ["static-recompute", "nested-recompute"]
+    assert "as fast as one static degree of 4, all recomputed" in result.stdout
+
+
+def test_recomputing_needs_a_capacity(lengths_file):
+    with pytest.raises(FlexSPError, match="--max-recomputed-tokens-per-rank"):
+        run(lengths_file, *COMMON, "--recompute")
+    with pytest.raises(FlexSPError, match="needs --recompute"):
+        run(lengths_file, *COMMON, "--compare", "nested-recompute")
