@@ -48,7 +48,11 @@ def refusals(args: argparse.Namespace) -> list[Refusal]:
         Megatron's arguments, as parsed and not yet validated. Names that only some Megatron versions have may be
         missing.
     """
-    table = JOB_REFUSALS + EXPERT_REFUSALS if args.num_experts else JOB_REFUSALS
+    table = JOB_REFUSALS
+    if args.num_experts:
+        table += EXPERT_REFUSALS
+    if _recomputes_some(args):
+        table += RECOMPUTE_REFUSALS
     return [entry for entry in table if entry.applies(args)]
 
 
@@ -72,7 +76,12 @@ def _delayed_scaling(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "fp8", None)) and getattr(args, "fp8_recipe", "delayed") == "delayed"
 
 
-JOB_REFUSALS = (
+def _recomputes_some(args: argparse.Namespace) -> bool:
+    """Whether plans may recompute single micro-batches."""
+    return bool(getattr(args, "flexsp_recompute", False))
+
+
+JOB_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         flags=("--yaml-cfg",),
         subject="--yaml-cfg",
@@ -464,8 +473,45 @@ EXPERT_REFUSALS = (
         subject="--num-experts with --fp8-format and recomputed experts",
         reason="Transformer Engine's recomputation doesn't tell a router which micro-batch is running",
         applies=lambda args: (
-            (args.recompute_granularity == "full" or "moe" in (args.recompute_modules or ()))
+            (args.recompute_granularity == "full" or "moe" in (args.recompute_modules or ()) or _recomputes_some(args))
             and getattr(args, "fp8", None)
         ),
+    ),
+)
+
+RECOMPUTE_REFUSALS = (
+    Refusal(
+        flags=("--recompute-granularity",),
+        subject="--flexsp-recompute with --recompute-granularity full",
+        reason="everything is recomputed already",
+        remedy="Take --recompute-granularity out, and --recompute-method and --recompute-num-layers with it; "
+        "--flexsp-max-tokens-per-rank is then what fits without",
+        applies=lambda args: args.recompute_granularity == "full",
+    ),
+    Refusal(
+        flags=("--recompute-modules", "--moe-layer-recompute"),
+        subject="--flexsp-recompute with --recompute-modules other than core_attn",
+        reason="Megatron doesn't recompute these inside of layers that are recomputed",
+        remedy="Leave core_attn, or take --flexsp-recompute out",
+        applies=lambda args: (
+            getattr(args, "moe_layer_recompute", False)
+            or (args.recompute_granularity == "selective" and set(args.recompute_modules or ()) - {"core_attn"})
+        ),
+    ),
+    Refusal(
+        flags=("--cpu-offloading-num-layers",),
+        subject="--flexsp-recompute with --cpu-offloading-num-layers",
+        reason="Megatron doesn't offload layers that are recomputed",
+        remedy="Take one of them out",
+        applies=lambda args: (
+            getattr(args, "cpu_offloading", False) or (getattr(args, "cpu_offloading_num_layers", None) or 0) > 0
+        ),
+    ),
+    Refusal(
+        flags=("--distribute-saved-activations",),
+        subject="--flexsp-recompute with --distribute-saved-activations",
+        reason="Megatron distributes them only where it recomputes everything",
+        remedy="Use --sequence-parallel, which does so with all activations",
+        applies=lambda args: getattr(args, "distribute_saved_activations", False),
     ),
 )

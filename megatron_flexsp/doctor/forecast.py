@@ -17,7 +17,12 @@ from megatron_flexsp.doctor.findings import Finding, error, ok, warning
 from megatron_flexsp.doctor.inside import Request
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
-from megatron_flexsp.megatron.context import narrowest_degree, plan_request, token_capacity
+from megatron_flexsp.megatron.context import (
+    narrowest_degree,
+    plan_request,
+    recomputed_token_capacity,
+    token_capacity,
+)
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.provenance import check_same_job, installed_versions
 from megatron_flexsp.planner import CostModel
@@ -106,14 +111,16 @@ def examine_capacity(
     """What a rank holds, the groups that the lengths need, and the plan of one batch."""
     try:
         capacity = token_capacity(settings, cost_model)
+        most = recomputed_token_capacity(settings, cost_model, capacity) or capacity
     except FlexSPError as problem:
         yield error("capacity", *_in_two(str(problem)))
         return
-    per_slice = capacity // settings.slice_multiple * settings.slice_multiple
+    per_slice = most // settings.slice_multiple * settings.slice_multiple
     widest = max(settings.degrees, default=1)
-    holds = (
-        f"{capacity:,} tokens a rank and micro-batch; the widest group, {widest} ranks, holds {widest * per_slice:,}"
-    )
+    holds = f"{capacity:,} tokens a rank and micro-batch"
+    if settings.recompute:
+        holds += f", {most:,} where activations are recomputed"
+    holds += f"; the widest group, {widest} ranks, holds {widest * per_slice:,}"
     if corpus is None:
         yield ok("capacity", holds)
         return
@@ -121,7 +128,7 @@ def examine_capacity(
     if corpus.is_sample:
         longest = args.seq_length  # what was not read may be as long as it gets
     try:
-        narrowest = narrowest_degree(settings, capacity, longest, corpus.name)
+        narrowest = narrowest_degree(settings, most, longest, corpus.name)
     except FlexSPError as problem:
         found, _, remedy = str(problem).partition(" in all. ")
         yield error("capacity", f"{found} in all", remedy[:1].lower() + remedy[1:])

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from megatron_flexsp.compatibility import refusals
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import precision, rounds
-from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, legal_degrees
-from megatron_flexsp.runtime import ring_size_of
+from megatron_flexsp.megatron import precision, recomputation, rounds
+from megatron_flexsp.megatron.degrees import degrees_of
+from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel
 from megatron_flexsp.tried import OLDEST_TRANSFORMER_ENGINE
 
 _SINKS_TRANSFORMER_ENGINE, _SINKS_CUDNN = (2, 12), (9, 18)
@@ -69,6 +69,21 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         metavar="TOKENS",
         help="Tokens that one rank can hold in one micro-batch; replaces what the cost model says of memory. "
         "What fitted before is a good start: micro-batch size x sequence length / context-parallel size.",
+    )
+    group.add_argument(
+        "--flexsp-recompute",
+        action="store_true",
+        help="Plans may recompute the activations of single micro-batches, so that a rank holds more tokens of them: "
+        "of sequences that would fit in no other way, or only in wider groups that cost more. All others keep "
+        "theirs; take --recompute-granularity full out.",
+    )
+    group.add_argument(
+        "--flexsp-max-recomputed-tokens-per-rank",
+        type=int,
+        metavar="TOKENS",
+        help="Tokens that one rank can hold in a micro-batch whose activations are recomputed: what fits under "
+        "--recompute-granularity full. Default: what the cost model says, in proportion to "
+        "--flexsp-max-tokens-per-rank where that is given.",
     )
     group.add_argument(
         "--flexsp-exchange-parts",
@@ -141,6 +156,9 @@ class Settings:
     cost_model: CostModel | None
     """The measured one, if a file was given."""
     max_tokens_per_rank: int | None
+    recompute: bool
+    """Whether plans may have micro-batches that recompute their activations."""
+    max_recomputed_tokens_per_rank: int | None
     exchange_parts: int
     """In how many parts heads are exchanged, at most."""
     overlong: str
@@ -244,6 +262,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         ("--flexsp-solver-time-limit", args.flexsp_solver_time_limit, 0),
         ("--flexsp-profile-seconds", args.flexsp_profile_seconds, 0),
         ("--flexsp-max-tokens-per-rank", args.flexsp_max_tokens_per_rank, 1),
+        ("--flexsp-max-recomputed-tokens-per-rank", args.flexsp_max_recomputed_tokens_per_rank, 1),
     ):
         if value is not None and not value >= least:  # nan is not
             raise FlexSPError(f"{flag} {value}: must be at least {least}")
@@ -255,6 +274,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         raise FlexSPError("--flexsp-profile runs training steps: take --skip-train out")
     if args.flexsp_mock_lengths is not None and not args.mock_data:
         raise FlexSPError("--flexsp-mock-lengths needs --mock-data")
+    recomputation.check_arguments(args)
 
     sft = bool(getattr(args, "sft", False))
     if sft and args.tokenizer_type != "SFTTokenizer":
@@ -285,9 +305,11 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         schedule=_schedule(args),
         in_rounds=rounds.why_rounds(args) is not None,
         static_degree=args.flexsp_static_degree,
-        degrees=_degrees(args, domain_size, cost_model),
+        degrees=degrees_of(args, domain_size, cost_model),
         cost_model=cost_model,
         max_tokens_per_rank=args.flexsp_max_tokens_per_rank,
+        recompute=args.flexsp_recompute,
+        max_recomputed_tokens_per_rank=args.flexsp_max_recomputed_tokens_per_rank,
         exchange_parts=args.flexsp_exchange_parts,
         overlong=args.flexsp_overlong or ("truncate" if sft else "split"),
         autotune=args.flexsp_autotune and args.flexsp_profile is None,
@@ -318,69 +340,3 @@ def _schedule(args: argparse.Namespace) -> str:
     if args.flexsp_schedule != "auto":
         return str(args.flexsp_schedule)
     return "nested" if reason is None else "lockstep"
-
-
-def _degrees(args: argparse.Namespace, domain_size: int, cost_model: CostModel | None) -> tuple[int, ...]:
-    """The group sizes that domain and cost model allow; asked-for ones are checked, not dropped.
-
-    Rings, which are groups of more ranks than a tensor-parallel rank has attention heads, must be asked for, unless
-    nothing else holds a sequence of ``--seq-length``.
-    """
-    legal = legal_degrees(domain_size)
-    heads = args.num_attention_heads // args.tensor_model_parallel_size
-    asked: tuple[int, ...]
-    if args.flexsp_static_degree is not None:
-        flag, asked = "--flexsp-static-degree", (args.flexsp_static_degree,)
-    elif args.flexsp_degrees is not None:
-        flag, asked = "--flexsp-degrees", parse_degrees(args.flexsp_degrees)
-    else:
-        priced = [degree for degree in legal if _has_bandwidth(cost_model, degree)]
-        shared = [degree for degree in priced if heads % degree == 0]
-        return tuple(shared + _needed_rings(args, priced, shared[-1]))
-    for degree in asked:
-        if degree not in legal:
-            raise FlexSPError(
-                f"{flag}: {degree} is not a group size here. A group has a power of two of ranks, at most the "
-                f"{domain_size} data-parallel ranks, or all {domain_size}"
-            )
-        if not _has_bandwidth(cost_model, degree):
-            raise FlexSPError(
-                f"{flag}: {args.flexsp_cost_model} has no bandwidth for {degree} ranks. Measure it, or leave the "
-                "degree out"
-            )
-    rings = [degree for degree in asked if ring_size_of(degree, heads) > 1]
-    if rings and not _rings_can_compute(args):
-        raise FlexSPError(
-            f"{flag}: groups of {', '.join(map(str, rings))} ranks share {heads} attention heads by ring attention, "
-            "which has no --window-size, only --softmax-type vanilla and --attention-dropout 0. Ask for divisors of "
-            "the heads"
-        )
-    return tuple(sorted(set(asked)))
-
-
-def _rings_can_compute(args: argparse.Namespace) -> bool:
-    """Whether ring attention has what the job's attention does."""
-    is_vanilla = getattr(args, "softmax_type", "vanilla") == "vanilla"
-    return is_vanilla and not getattr(args, "window_size", None) and not args.attention_dropout
-
-
-def _needed_rings(args: argparse.Namespace, priced: list[int], widest: int) -> list[int]:
-    """The degrees beyond the widest that the heads allow, up to one that holds the longest sequence."""
-    slice_tokens = args.flexsp_max_tokens_per_rank
-    if slice_tokens is None or not _rings_can_compute(args):
-        return []
-    wider = [degree for degree in priced if degree > widest and widest * slice_tokens < args.seq_length]
-    enough = next((degree for degree in wider if degree * slice_tokens >= args.seq_length), None)
-    return [] if enough is None else [degree for degree in wider if degree <= enough]
-
-
-def _has_bandwidth(cost_model: CostModel | None, degree: int) -> bool:
-    return degree == 1 or cost_model is None or degree in cost_model.exchange_bandwidth_bytes_per_second
-
-
-def parse_degrees(text: str) -> tuple[int, ...]:
-    """The value of --flexsp-degrees."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise FlexSPError(f"--flexsp-degrees {text}: give whole numbers with commas between, such as 1,2,8") from None

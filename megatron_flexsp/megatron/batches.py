@@ -51,6 +51,8 @@ class LocalMicroBatch:
     """What ring attention computes, where the group is a ring."""
     further: FurtherTokens | None = None
     """For multi-token prediction."""
+    recomputed: bool = False
+    """Whether its layers keep their inputs alone and run again in the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ class SliceReader:
             loss_mask=None if loss_mask is None else self._tensor(loss_mask),
             ring=ring,
             further=further,
+            recomputed=item.recomputed,
         )
 
     def _tensor(self, array: NDArray[np.generic]) -> Tensor:

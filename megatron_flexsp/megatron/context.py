@@ -20,6 +20,7 @@ from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.experts import adds_up_over_groups
 from megatron_flexsp.megatron.head_sizes import head_sizes
 from megatron_flexsp.megatron.plan_channel import PlanChannel
+from megatron_flexsp.megatron.recomputation import scaled_capacity
 from megatron_flexsp.planner import CostModel, first_ranks
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
 from megatron_flexsp.runtime import GroupPool, Hosts, ring_size_of
@@ -39,6 +40,8 @@ class Context:
     cost_model: CostModel
     token_capacity: int
     """Tokens that one rank can hold in one micro-batch."""
+    recomputed_token_capacity: int | None
+    """The same where activations are recomputed; None: nowhere."""
     static_degree: int | None
     """The degree of all micro-batches of the static schedule; None for the others."""
     groups: GroupPool
@@ -93,7 +96,8 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     )
     cost_model = load_cost_model(args, settings, hosts)
     capacity = token_capacity(settings, cost_model)
-    narrowest = narrowest_degree(settings, capacity, longest, longest_in)
+    recomputed = recomputed_token_capacity(settings, cost_model, capacity)
+    narrowest = narrowest_degree(settings, recomputed or capacity, longest, longest_in)
     domain_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     is_static = settings.schedule == "static" and settings.profile is None
     used = (narrowest,) if is_static else settings.degrees
@@ -118,6 +122,7 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
         settings=settings,
         cost_model=cost_model,
         token_capacity=capacity,
+        recomputed_token_capacity=recomputed,
         static_degree=narrowest if settings.schedule == "static" else None,
         groups=groups,
         hosts=hosts,
@@ -156,6 +161,38 @@ def token_capacity(settings: Settings, cost_model: CostModel) -> int:
     return capacity
 
 
+def recomputed_token_capacity(settings: Settings, cost_model: CostModel, token_capacity: int) -> int | None:
+    """Tokens that one rank can hold in a micro-batch that recomputes its activations; None where none may.
+
+    ``token_capacity`` is what it holds without.
+
+    Raises
+    ------
+    FlexSPError
+        Where neither flag nor cost model says so, or where nothing is gained.
+    """
+    if not settings.recompute:
+        return None
+    capacity = settings.max_recomputed_tokens_per_rank
+    if capacity is None and cost_model.recomputed_activation_bytes_per_token == 0:
+        raise FlexSPError(
+            "--flexsp-recompute: what a rank holds of a micro-batch that recomputes is not known. Give "
+            "--flexsp-max-recomputed-tokens-per-rank, what fits under --recompute-granularity full, or a "
+            "--flexsp-cost-model with recomputed_activation_bytes_per_token"
+        )
+    if capacity is None and settings.max_tokens_per_rank is not None:
+        capacity = scaled_capacity(cost_model, settings.max_tokens_per_rank)
+    if capacity is None:
+        capacity = cost_model.recomputed_token_capacity // settings.micro_batches_in_flight
+    if capacity < token_capacity:
+        raise FlexSPError(
+            f"--flexsp-recompute: a rank holds {capacity:,} tokens where it recomputes and {token_capacity:,} where it "
+            "doesn't, so nothing is gained. Raise --flexsp-max-recomputed-tokens-per-rank, lower "
+            "--flexsp-max-tokens-per-rank, or take the flag out"
+        )
+    return capacity
+
+
 def plan_request(settings: Settings, cost_model: CostModel, capacity: int, narrowest: int) -> PlanRequest:
     """How this job's batches are planned; ``narrowest`` is the one degree of the static schedule."""
     degrees, schedule = settings.degrees, settings.schedule
@@ -166,6 +203,7 @@ def plan_request(settings: Settings, cost_model: CostModel, capacity: int, narro
         cost_model,
         settings.domain_size,
         capacity,
+        recomputed_token_capacity=recomputed_token_capacity(settings, cost_model, capacity),
         slice_multiple=settings.slice_multiple,
         count_multiple=settings.count_multiple,
         time_limit_seconds=settings.solver_time_limit_seconds,
@@ -181,6 +219,8 @@ def plan_request(settings: Settings, cost_model: CostModel, capacity: int, narro
 def narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in: str) -> int:
     """The fewest ranks that hold the longest sequence; where a plan has one degree they must divide the domain.
 
+    ``capacity`` is the most that a rank can hold, recomputed where plans may do that.
+
     Raises
     ------
     FlexSPError
@@ -194,9 +234,13 @@ def narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in
         if longest <= degree * slice_capacity:
             return degree
     widest = max(degrees, default=1)
+    if settings.recompute:
+        capacity_flag, last_way_out = "--flexsp-max-recomputed-tokens-per-rank", "or use more ranks"
+    else:
+        capacity_flag = "--flexsp-max-tokens-per-rank"
+        last_way_out = "use more ranks, or recompute activations where they don't fit (--flexsp-recompute)"
     raise FlexSPError(
         f"{longest_in}: a sequence of {longest:,} tokens doesn't fit. The widest group has {widest} ranks with "
         f"{capacity:,} tokens each, {widest * slice_capacity:,} in all. Lower --seq-length (longer documents are then "
-        "split), raise --flexsp-max-tokens-per-rank if memory allows, allow wider groups (--flexsp-degrees), use more "
-        "ranks, or recompute activations"
+        f"split), raise {capacity_flag} if memory allows, allow wider groups (--flexsp-degrees), {last_way_out}"
     )

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import seams
-from megatron_flexsp.megatron.arguments import parse_degrees
 from megatron_flexsp.megatron.context import on_cpu
+from megatron_flexsp.megatron.degrees import parse_degrees
 from megatron_flexsp.megatron.estimate import estimate_cost_model, with_ring_exchange
 from megatron_flexsp.megatron.lookahead import Lookahead, lengths_of
 from megatron_flexsp.megatron.provenance import check_same_job

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import arguments, experts, precision, releases, seams
+from megatron_flexsp.megatron import arguments, experts, precision, recomputation, releases, seams
 from megatron_flexsp.megatron.seams import Seam
 
 
@@ -98,6 +98,8 @@ def training_seams(profiles: bool) -> list[Seam]:
             args.moe_token_dispatcher_type = experts.token_dispatcher(args)
             args.dataloader_type = "external"  # our iterators are handed through as they are
             settings = arguments.settings_from_args(args)
+            if settings.recompute:
+                recomputation.check_release(args)
             if settings.cost_model is not None:
                 check_same_job(args, settings.cost_model, settings.domain_size)
             run.configure(settings)

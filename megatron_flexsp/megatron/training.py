@@ -42,6 +42,7 @@ from megatron_flexsp.megatron.drift import DriftWatch, profile_command
 from megatron_flexsp.megatron.dropout import has_dropout, seed_dropout
 from megatron_flexsp.megatron.multi_token_prediction import Successors, logs_each_token
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
+from megatron_flexsp.megatron.recomputation import asked_configurations, each_layer_recomputed
 from megatron_flexsp.megatron.routers import RoutedPack, check_routers, routed
 from megatron_flexsp.megatron.step_log import log_step
 from megatron_flexsp.megatron.tracing import Tracer
@@ -69,7 +70,8 @@ class FlexSPTraining:
         self._autotune: Autotune | None = None
         self._background: Background | None = None
         self._batch_tokens = 0
-        self._checked_models: set[Any] = set()
+        self._recomputing: dict[Any, tuple[Any, ...]] = {}
+        """For each model, once it is checked, the configurations that say whether its layers recompute."""
 
     def configure(self, settings: Settings) -> None:
         """Take the checked flags; Megatron has parsed them by now."""
@@ -209,10 +211,10 @@ class FlexSPTraining:
         self, script_loss: Callable[..., Any], data_iterator: Iterator[LocalMicroBatch], model: Any
     ) -> tuple[Tensor, Callable[..., Any]]:
         """Run the model on the next micro-batch; the script's own loss function follows."""
-        if model not in self._checked_models:
+        if model not in self._recomputing:
             _check_attention(model)
             check_routers(model)
-            self._checked_models.add(model)
+            self._recomputing[model] = asked_configurations(model)
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
         item = next(data_iterator)
@@ -233,7 +235,9 @@ class FlexSPTraining:
         pack = RoutedPack(params, self._batch_tokens, self._settings.domain_size, micro_batches_expected)
         # As in Megatron's own forward step: --log-straggler divides by the time that it sees here.
         watched = StragglerDetector()
-        with routed(pack), watched, nullcontext() if self._tracer is None else self._tracer.forward(item):
+        recomputing = each_layer_recomputed(self._recomputing[model]) if item.recomputed else nullcontext()
+        traced = nullcontext() if self._tracer is None else self._tracer.forward(item)
+        with routed(pack), recomputing, watched, traced:
             output = model(
                 tokens_1t,
                 positions_1t,
@@ -378,10 +382,12 @@ def _on_device(tensor: Tensor) -> Tensor:
 def _announce(context: Context) -> None:
     settings = context.settings
     degrees = settings.degrees if context.static_degree is None else (context.static_degree,)
+    recomputed = context.recomputed_token_capacity
     print_rank_0(
         f" > [flexsp] {settings.schedule} schedule over {settings.domain_size} data-parallel ranks, degrees "
-        f"{', '.join(map(str, degrees))}; {context.token_capacity:,} tokens a rank and micro-batch; "
-        f"{context.groups.communicators} communicators on this rank"
+        f"{', '.join(map(str, degrees))}; {context.token_capacity:,} tokens a rank and micro-batch"
+        + ("; " if recomputed is None else f", {recomputed:,} where activations are recomputed; ")
+        + f"{context.groups.communicators} communicators on this rank"
     )
     if context.cost_model.note:
         print_rank_0(f" > [flexsp] cost model: {context.cost_model.note}")

@@ -27,7 +27,9 @@ def _events(trace: Trace) -> Iterator[dict[str, Any]]:
             item = step.plan.micro_batches[span.micro_batch]
             yield {
                 "ph": "X",
-                "name": "filler" if item.is_filler else f"{item.degree} ranks",
+                "name": "filler"
+                if item.is_filler
+                else f"{item.degree} ranks{', recomputed' if item.recomputed else ''}",
                 "cat": str(span.kind),
                 "pid": span.stage,
                 "tid": span.rank,

@@ -113,7 +113,7 @@ def describe(step: Step, span: Span) -> str:
     shown = ", ".join(f"{tokens:,}" for tokens in lengths[:_MOST_SEQUENCES_IN_HOVER])
     more = len(lengths) - _MOST_SEQUENCES_IN_HOVER
     return (
-        f"micro-batch {span.micro_batch}, {span.kind}, "
+        f"micro-batch {span.micro_batch}{', recomputed' if item.recomputed else ''}, {span.kind}, "
         f"{span.start_seconds:.4f} to {span.end_seconds:.4f} s<br>"
         f"ranks {item.first_rank} to {item.first_rank + item.degree - 1}, {lengths.sum():,} tokens in "
         f"{len(lengths)} sequences<br>{shown}" + (f" and {more} more" if more > 0 else "")

@@ -111,6 +111,7 @@ def train(torchrun: Callable, documents: Path, tmp_path: Path) -> Callable[..., 
         *arguments: str,
         plan: str | None = None,
         gradients: bool = False,
+        kept: bool = False,
         megatron: Path | None = None,
         **options: object,
     ) -> Run:
@@ -119,6 +120,8 @@ def train(torchrun: Callable, documents: Path, tmp_path: Path) -> Callable[..., 
         environment = environment_of(arguments, megatron)
         if plan is not None:
             environment["FLEXSP_TEST_PLAN"] = plan
+        if kept:
+            environment["FLEXSP_TEST_KEPT"] = "1"
         saving: list[str] = []
         if gradients:
             environment["FLEXSP_TEST_NO_CHECKPOINT"] = "1"

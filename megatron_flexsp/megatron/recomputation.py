@@ -1,0 +1,113 @@
+"""Micro-batches that keep what goes into each layer, and run the layers again in the backward pass.
+
+Megatron decides it for a whole run (``--recompute-granularity full``), but its blocks of layers ask their configuration
+anew in each forward pass. Here a plan decides it for each micro-batch: the configuration says so while that one's
+forward pass runs. A layer runs again with what its first pass had: the pack is in the checkpointed function's closure,
+``routers`` has it told to routers, and random states are for Megatron's checkpoint to restore.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.megatron import rounds
+from megatron_flexsp.planner import CostModel
+
+_FLAG, _CAPACITY_FLAG = "--flexsp-recompute", "--flexsp-max-recomputed-tokens-per-rank"
+_EACH_LAYER = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+_ASKS = re.compile(r"self\.config\.recompute_granularity == ['\"]full['\"]")
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Check the flags against each other and against how the job's ranks meet.
+
+    Raises
+    ------
+    FlexSPError
+        Where they don't go together.
+    """
+    least, most = args.flexsp_max_tokens_per_rank, args.flexsp_max_recomputed_tokens_per_rank
+    if not args.flexsp_recompute:
+        if most is not None:
+            raise FlexSPError(f"{_CAPACITY_FLAG} needs {_FLAG}")
+        return
+    reason = "rounds are asked for (--flexsp-schedule lockstep)" if args.flexsp_schedule == "lockstep" else None
+    if (reason := rounds.why_rounds(args) or reason) is not None:
+        raise FlexSPError(
+            f"{_FLAG}: {reason}, and in rounds all ranks must do the same, in backward passes too. Take {_FLAG} out; "
+            "--recompute-granularity full recomputes everything"
+        )
+    if args.flexsp_profile is not None:
+        raise FlexSPError(f"--flexsp-profile measures no micro-batches that recompute: take {_FLAG} out while it does")
+    if least is not None and most is not None and most < least:
+        raise FlexSPError(
+            f"{_CAPACITY_FLAG} {most} is less than --flexsp-max-tokens-per-rank {least}: a rank that recomputes "
+            f"activations holds more tokens. Raise it, or take {_FLAG} out"
+        )
+
+
+def check_release(args: argparse.Namespace) -> None:
+    """Refuse a Megatron whose layers can't be told in each forward pass.
+
+    Raises
+    ------
+    FlexSPError
+        Names what is otherwise than expected.
+    """
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    asked = [TransformerBlock, *([MultiTokenPredictionLayer] if args.mtp_num_layers else [])]
+    for kind in asked:
+        if _ASKS.search(inspect.getsource(kind.forward)) is None:
+            raise FlexSPError(
+                f"{_FLAG}: this Megatron's {kind.__name__} doesn't decide in each forward pass whether it recomputes. "
+                "Take the flag out"
+            )
+    # Until 0.18 it hands the pack to a checkpoint that takes tensors alone.
+    if args.mtp_num_layers and "forward_func" in inspect.signature(asked[-1]._checkpointed_forward).parameters:
+        raise FlexSPError(
+            f"{_FLAG} with --mtp-num-layers: this Megatron can't recompute packs there; 0.18 can. Take one of them out"
+        )
+
+
+def scaled_capacity(cost_model: CostModel, token_capacity: int) -> int | None:
+    """Tokens that fit a rank's memory recomputed where ``token_capacity`` fit as they are; None if not known."""
+    recomputed_bytes = cost_model.recomputed_activation_bytes_per_token
+    if recomputed_bytes == 0:
+        return None
+    return int(token_capacity * (cost_model.activation_bytes_per_token / recomputed_bytes))
+
+
+def asked_configurations(model: Any) -> tuple[Any, ...]:
+    """The configurations that a model's blocks of layers ask in a forward pass, each once."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+    from megatron.core.transformer.transformer_block import TransformerBlock
+
+    kinds = (TransformerBlock, MultiTokenPredictionLayer)
+    found = {id(module.config): module.config for module in model.modules() if isinstance(module, kinds)}
+    return tuple(found.values())
+
+
+@contextmanager
+def each_layer_recomputed(configurations: Sequence[Any]) -> Iterator[None]:
+    """Blocks that run inside, in training, keep each layer's input alone. Backward passes may come at any time."""
+    before = [{name: getattr(item, name) for name in _EACH_LAYER} for item in configurations]
+    try:
+        for item in configurations:
+            _set(item, _EACH_LAYER)
+        yield
+    finally:
+        for item, values in zip(configurations, before, strict=True):
+            _set(item, values)
+
+
+def _set(configuration: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(configuration, name, value)
