@@ -25,11 +25,18 @@ from megatron_flexsp.planner.rounds import (
 _RULES = (RoundRules(), RoundRules(widen_most=1 << 30), RoundRules(widen_most=1))
 _RATIOS = (1.0, 1.4, 2.2, 5.0)
 _COUNTS = 5
+_BISECTIONS = 2
+"""Of a row of proportions that brought something: which one is best matters more than how far it goes."""
+
+_STRETCHES = (0.7, 0.85, 1.15, 1.3)
+_OTHER_COUNT_SHARE = 0.15
+"""Of random changes, the share that begins with a round more or less."""
+
 _CLOSE_ENOUGH = 4e-3
 _LEAST_GAIN = 0.05
 
 # A pass places every sequence once, at some ten microseconds each; these bound what a search costs by default.
-_PLACEMENTS = 28_000
+_PLACEMENTS = 56_000
 _FEWEST_PASSES, _MOST_PASSES = 8, 160
 _ROUND_PROGRAMS = 8
 _ROUND_PROGRAM_SEQUENCES = 1024
@@ -139,21 +146,22 @@ def _first_rounds(problem: Problem) -> list[Round]:
 
 
 def _try_count(state: _Search, count: int, least_seconds: float) -> None:
-    """Bisect the step for so many rounds, in several proportions of their lengths and under several rules."""
+    """Try so many rounds in several proportions of their lengths, and bisect the step a little where that helps."""
     for proportions in _proportions(state.problem, count):
-        for rules in _RULES:
-            gap = state.seconds - least_seconds
-            if not state.has_passes or gap <= 0:
-                return
-            if state.improves(_scaled(state.problem, proportions, least_seconds + (1 - _LEAST_GAIN) * gap), rules):
-                _bisect(state, proportions, rules, least_seconds)
+        gap = state.seconds - least_seconds
+        if not state.has_passes or gap <= 0:
+            return
+        if state.improves(_scaled(state.problem, proportions, least_seconds + (1 - _LEAST_GAIN) * gap), _RULES[0]):
+            _bisect(state, proportions, least_seconds)
 
 
-def _bisect(state: _Search, proportions: list[float], rules: RoundRules, missed_seconds: float) -> None:
-    """Halve the gap between what was missed and the best step, until it is small."""
-    while state.has_passes and state.seconds - missed_seconds > _CLOSE_ENOUGH * state.bound_seconds:
+def _bisect(state: _Search, proportions: list[float], missed_seconds: float) -> None:
+    """Halve the gap between what was missed and the best step, a few times."""
+    for _ in range(_BISECTIONS):
+        if not state.has_passes or state.seconds - missed_seconds <= _CLOSE_ENOUGH * state.bound_seconds:
+            return
         target = (missed_seconds + state.seconds) / 2
-        if state.improves(_scaled(state.problem, proportions, target), rules) is None:
+        if state.improves(_scaled(state.problem, proportions, target), _RULES[0]) is None:
             missed_seconds = target
 
 
@@ -178,15 +186,22 @@ def _scaled(problem: Problem, proportions: list[float], step: float) -> list[flo
 
 
 def _try_random_lengths(state: _Search, seed: int) -> None:
-    """Shorten and stretch the best rounds at random."""
+    """Shorten or stretch one, two or all of the best rounds at random, and now and then add or leave one out."""
     generator = random.Random(seed)
-    problem = state.problem
+    problem, fewest = state.problem, least_rounds(state.problem)
     while state.has_passes:
         rest = [max(length - problem.overhead_seconds, 1e-12) for length in state.lengths()]
-        proportions = [length * generator.choice((0.85, 0.95, 1.0, 1.0, 1.05, 1.15)) for length in rest]
+        if generator.random() < _OTHER_COUNT_SHARE:
+            if len(rest) - problem.count_multiple >= fewest and generator.random() < 0.5:
+                rest = rest[: -problem.count_multiple]
+            else:
+                rest += [generator.choice(rest) for _ in range(problem.count_multiple)]
+        changed = generator.sample(range(len(rest)), min(generator.choice((1, 2, len(rest))), len(rest)))
+        for index in changed:
+            rest[index] *= generator.choice(_STRETCHES)
         gap = state.seconds - state.bound_seconds
-        target = state.bound_seconds + generator.choice((0.8, 0.9, 0.95, 0.98)) * gap
-        state.improves(_scaled(problem, proportions, target), generator.choice(_RULES))
+        target = state.bound_seconds + generator.choice((0.9, 0.95, 0.98, 0.99)) * gap
+        state.improves(_scaled(problem, rest, target), generator.choice(_RULES))
 
 
 def _choose_groups_again(state: _Search, seed: int) -> None:
