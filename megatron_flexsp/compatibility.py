@@ -72,6 +72,11 @@ def _flex_backend(args: argparse.Namespace) -> str:
     return str(getattr(args, "moe_flex_dispatcher_backend", "deepep"))
 
 
+def _packed(args: argparse.Namespace) -> bool:
+    """Whether samples are the script's own."""
+    return getattr(args, "flexsp_samples", "documents") == "packed"
+
+
 def _delayed_scaling(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "fp8", None)) and getattr(args, "fp8_recipe", "delayed") == "delayed"
 
@@ -121,7 +126,8 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         subject="--use-varlen-dataset",
         reason="it is another way to do what FlexSP does; use one of them",
         # Without it the run reads another data set.
-        applies=lambda args: getattr(args, "use_varlen_dataset", False),
+        remedy="Take it out, or add --flexsp-samples packed to plan what it reads",
+        applies=lambda args: getattr(args, "use_varlen_dataset", False) and not _packed(args),
     ),
     Refusal(
         flags=("--calculate-per-token-loss",),
@@ -290,7 +296,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         subject="--eod-mask-loss",
         reason="a document is a sequence, so that nothing follows its end",
         mendable=True,
-        applies=lambda args: args.eod_mask_loss,
+        applies=lambda args: args.eod_mask_loss and not _packed(args),
     ),
     Refusal(
         flags=("--tp-comm-overlap",),
@@ -310,7 +316,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         flags=("--dataloader-type",),
         subject="--dataloader-type other than single",
-        reason="documents are shuffled by the data set",
+        reason="samples come in the order of the data set, which shuffles documents itself",
         mendable=True,
         applies=lambda args: args.dataloader_type not in (None, "single"),
     ),

@@ -64,6 +64,9 @@ def _blends(args: argparse.Namespace) -> list[tuple[list[str], list[float] | Non
 
 
 def _examine_data_sets(args: argparse.Namespace) -> Iterator[Finding]:
+    if args.flexsp_samples == "packed":
+        yield ok("data", "--flexsp-samples packed: the script's own data sets, which are not looked at here")
+        return
     if args.mock_data:
         yield ok("data", "--mock-data")
         return
@@ -119,7 +122,8 @@ def examine_steps(args: argparse.Namespace) -> Generator[Finding, None, None]:
             "no --eval-interval: Megatron divides by it, evaluation or not, and ends with a TypeError",
             "give it; where nothing is to be evaluated, beside --eval-iters 0",
         )
-    if args.eval_iters and args.split and not args.mock_data and len(parts := args.split.split(",")) > 1:
+    own = args.mock_data or args.flexsp_samples == "packed"
+    if args.eval_iters and args.split and not own and len(parts := args.split.split(",")) > 1:
         with suppress(ValueError):
             if float(parts[1]) == 0:
                 yield error(
@@ -149,6 +153,9 @@ def _examine_load(args: argparse.Namespace) -> Iterator[Finding]:
 
 def examine_lengths(args: argparse.Namespace, settings: Settings) -> Generator[Finding, None, Corpus | None]:
     """What the documents become; returns the corpus, or None where there is none to read."""
+    if settings.samples == "packed":
+        yield ok("lengths", "packed samples are read a few steps before they are needed, and their lengths known then")
+        return None
     try:
         documents, name, total = _documents(args, settings)
     except _NotTokenizedError as problem:

@@ -121,19 +121,22 @@ def examine_capacity(
     if settings.recompute:
         holds += f", {most:,} where activations are recomputed"
     holds += f"; the widest group, {widest} ranks, holds {widest * per_slice:,}"
-    if corpus is None:
+    if corpus is None and settings.samples != "packed":
         yield ok("capacity", holds)
         return
-    longest = min(args.seq_length, int(corpus.sequences.max()))
-    if corpus.is_sample:
-        longest = args.seq_length  # what was not read may be as long as it gets
+    longest = args.seq_length  # what was not read may be as long as it gets
+    if corpus is not None and not corpus.is_sample:
+        longest = min(longest, int(corpus.sequences.max()))
+    name = "--flexsp-samples packed" if corpus is None else corpus.name
     try:
-        narrowest = narrowest_degree(settings, most, longest, corpus.name)
+        narrowest = narrowest_degree(settings, most, longest, name)
     except FlexSPError as problem:
         found, _, remedy = str(problem).partition(" in all. ")
         yield error("capacity", f"{found} in all", remedy[:1].lower() + remedy[1:])
         return
     yield ok("capacity", f"{holds}; the longest sequence, {longest:,} tokens, needs {narrowest}")
+    if corpus is None:
+        return
     yield _examine_degrees_needed(settings, per_slice, corpus)
     try:
         yield _examine_plan(args, settings, cost_model, capacity, narrowest, corpus)

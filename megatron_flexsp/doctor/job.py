@@ -218,7 +218,7 @@ def _examine_shape(args: argparse.Namespace, settings: arguments.Settings) -> Ge
     yield ok(
         "domain",
         f"{args.world_size} ranks / (tensor {tensor} x pipeline {pipeline}) = {settings.domain_size} data-parallel "
-        f"ranks, {args.global_batch_size} documents a step",
+        f"ranks, {args.global_batch_size} {'packs' if settings.samples == 'packed' else 'documents'} a step",
     )
     reason = rounds.why_rounds(args)
     why = "asked for" if args.flexsp_schedule != "auto" else reason or "nobody has to wait for anybody"

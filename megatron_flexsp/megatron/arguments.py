@@ -17,6 +17,7 @@ _SINKS_TRANSFORMER_ENGINE, _SINKS_CUDNN = (2, 12), (9, 18)
 """The first that attend over packs with another softmax than the usual one."""
 
 OVERLONG = ("split", "truncate", "drop", "error")
+SAMPLES = ("documents", "packed")
 
 
 def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -95,6 +96,14 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         "all-to-alls; costs more and smaller kernels.",
     )
     group.add_argument(
+        "--flexsp-samples",
+        choices=SAMPLES,
+        default="documents",
+        help="What a sample is. documents: one document of --data-path, or under --sft one conversation. packed: one "
+        "of the script's own data sets, a pack of sequences with cu_seqlens; --global-batch-size counts packs, as "
+        "without FlexSP, and the sequences of a batch are planned.",
+    )
+    group.add_argument(
         "--flexsp-overlong",
         choices=OVERLONG,
         help="What becomes of documents longer than --seq-length. split (the default): consecutive pieces, each a "
@@ -161,6 +170,8 @@ class Settings:
     max_recomputed_tokens_per_rank: int | None
     exchange_parts: int
     """In how many parts heads are exchanged, at most."""
+    samples: str
+    """``--flexsp-samples``"""
     overlong: str
     autotune: bool
     """Refit the cost model to the job's own steps."""
@@ -276,7 +287,15 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         raise FlexSPError("--flexsp-mock-lengths needs --mock-data")
     recomputation.check_arguments(args)
 
-    sft = bool(getattr(args, "sft", False))
+    packed = args.flexsp_samples == "packed"
+    for flag, given in (
+        ("--flexsp-overlong", args.flexsp_overlong is not None),
+        ("--flexsp-mock-lengths", args.flexsp_mock_lengths is not None),
+    ):
+        if packed and given:
+            raise FlexSPError(f"{flag} with --flexsp-samples packed: the script's own samples are taken. Take it out")
+    # A script asks for --sft to read cu_seqlens too.
+    sft = bool(getattr(args, "sft", False)) and not packed
     if sft and args.tokenizer_type != "SFTTokenizer":
         raise FlexSPError(f"--sft needs --tokenizer-type SFTTokenizer; found {args.tokenizer_type}")
     if sft and args.mock_data:
@@ -311,6 +330,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         recompute=args.flexsp_recompute,
         max_recomputed_tokens_per_rank=args.flexsp_max_recomputed_tokens_per_rank,
         exchange_parts=args.flexsp_exchange_parts,
+        samples=args.flexsp_samples,
         overlong=args.flexsp_overlong or ("truncate" if sft else "split"),
         autotune=args.flexsp_autotune and args.flexsp_profile is None,
         sft=sft,

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.background import Background
-from megatron_flexsp.megatron.documents import SampleSource
 from megatron_flexsp.megatron.further_tokens import FurtherTokens, FurtherTokensBuilder
 from megatron_flexsp.megatron.plan_channel import PlanChannel
+from megatron_flexsp.megatron.sequences import Sequences, SequenceSource, TokenSource
 from megatron_flexsp.planner import MicroBatch, Plan
 from megatron_flexsp.planner.service import PendingPlan, PlanningService
 from megatron_flexsp.runtime import PackLayout, RingSchedule, ring_size_of
@@ -64,16 +64,8 @@ class PlannedBatch:
     micro_batches: list[LocalMicroBatch]
     waited_for_plan_seconds: float
     waited_for_data_seconds: float
-
-
-class TokenSource(Protocol):
-    """Where tokens come from."""
-
-    def read(self, sample: int, start: int, count: int) -> NDArray[Any]:
-        """``count`` tokens of a sample from ``start``."""
-
-    def learned(self, sample: int, start: int, count: int) -> NDArray[np.bool_] | None:
-        """Which of those tokens count as labels; None: all of them."""
+    samples: int
+    """Megatron's samples that it is made of: as many as sequences, unless a sample holds several."""
 
 
 class SliceReader:
@@ -119,13 +111,13 @@ class SliceReader:
         self._further_depths = further_depths
         self._logs_each_token = logs_each_token
 
-    def read(self, plan: Plan, samples: range, lengths: NDArray[np.int64]) -> list[LocalMicroBatch]:
+    def read(self, plan: Plan, sequences: Sequences) -> list[LocalMicroBatch]:
         """What this rank runs, in order."""
-        return [self._read_one(item, samples, lengths) for item in plan.micro_batches_of_rank(self._domain_rank)]
+        return [self._read_one(item, sequences) for item in plan.micro_batches_of_rank(self._domain_rank)]
 
-    def _read_one(self, item: MicroBatch, samples: range, lengths: NDArray[np.int64]) -> LocalMicroBatch:
+    def _read_one(self, item: MicroBatch, sequences: Sequences) -> LocalMicroBatch:
         layout = PackLayout(
-            lengths=tuple(int(lengths[k]) for k in item.sequences),
+            lengths=tuple(int(sequences.lengths[k]) for k in item.sequences),
             degree=item.degree,
             member=self._domain_rank - item.first_rank,
             slice_multiple=self._slice_multiple,
@@ -137,13 +129,13 @@ class SliceReader:
             ring = ring.with_table(self._pinned(ring.table))
         tokens = labels = loss_mask = further = None
         if self._reads_tokens:
-            held = [samples[position] for position in item.sequences]
+            held = [sequences.handles[position] for position in item.sequences]
             builder = None
             if self._further_depths:
                 builder = FurtherTokensBuilder(
                     layout,
                     self._further_depths,
-                    lambda sequence, start, count: self._source.learned(held[sequence], start, count),
+                    lambda sequence, length: self._source.learned(held[sequence], length),
                     self._logs_each_token,
                 )
             # Padding reads token 0 and predicts it with no weight.
@@ -154,13 +146,12 @@ class SliceReader:
             for piece in layout.pieces:
                 count = piece.stop - piece.start
                 ahead = min(self._further_depths, layout.lengths[piece.sequence] - piece.stop)
-                text = self._source.read(held[piece.sequence], piece.start, count + ahead + 1)
-                learned = self._source.learned(held[piece.sequence], piece.start + 1, count + ahead)
-                tokens[offset : offset + count] = text[:count]
-                labels[offset : offset + count] = text[1 : count + 1]
-                loss_mask[offset : offset + count] = 1.0 if learned is None else learned[:count]
+                found = self._source.stretch(held[piece.sequence], piece.start, count + ahead)
+                tokens[offset : offset + count] = found.tokens[:count]
+                labels[offset : offset + count] = found.labels[:count]
+                loss_mask[offset : offset + count] = 1.0 if found.learned is None else found.learned[:count]
                 if builder is not None:
-                    builder.add(offset, piece.sequence, piece.start, piece.stop, text, learned)
+                    builder.add(offset, piece.sequence, piece.start, piece.stop, found)
                 offset += count
             if builder is not None:
                 further = builder.build().map(self._pinned)
@@ -188,6 +179,7 @@ class SliceReader:
 class _Ready:
     """A batch with its plan and this rank's slices."""
 
+    samples: int
     lengths: NDArray[np.int64]
     plan: Plan
     micro_batches: list[LocalMicroBatch]
@@ -195,7 +187,14 @@ class _Ready:
     """When the plan had come, on ``time.perf_counter``'s clock."""
 
 
-_Asked = tuple[range, NDArray[np.int64], PendingPlan | None]
+@dataclass(frozen=True)
+class _Asked:
+    """A batch whose plan is under way."""
+
+    samples: int
+    sequences: Sequences
+    pending: PendingPlan | None
+    """On the planning rank only."""
 
 
 class PlannedBatches:
@@ -221,7 +220,7 @@ class PlannedBatches:
 
     def __init__(
         self,
-        source: SampleSource,
+        source: SequenceSource,
         reader: SliceReader,
         channel: PlanChannel,
         batches: Iterator[range],
@@ -252,25 +251,27 @@ class PlannedBatches:
         ready = self._in_hand.popleft().result()
         waited = time.perf_counter() - started
         waited_for_plan = min(waited, max(0.0, ready.planned_at - started))
-        return PlannedBatch(ready.lengths, ready.plan, ready.micro_batches, waited_for_plan, waited - waited_for_plan)
+        waited_for_data = waited - waited_for_plan
+        micro_batches = ready.micro_batches
+        return PlannedBatch(ready.lengths, ready.plan, micro_batches, waited_for_plan, waited_for_data, ready.samples)
 
-    def expect(self, batch: PlannedBatch | None, sequences: int) -> PlannedBatch:
+    def expect(self, batch: PlannedBatch | None, samples: int) -> PlannedBatch:
         """The batch that ``__next__`` gave, if it is what Megatron asks for.
 
         Raises
         ------
         FlexSPError
-            If the data is used up, or the batch has another number of sequences.
+            If the data is used up, or the batch has another number of samples.
         """
         if batch is None:
             raise FlexSPError(
-                f"{self.source.name}: its {len(self.source):,} sequences are used up. A resumed run must ask for as "
+                f"{self.source.name}: its {len(self.source):,} samples are used up. A resumed run must ask for as "
                 "many as before: keep --train-iters or --train-samples, --eval-iters, --eval-interval and the batch "
                 "size"
             )
-        if len(batch.lengths) != sequences:
+        if batch.samples != samples:
             raise FlexSPError(
-                f"the batch has {len(batch.lengths)} sequences where Megatron expects {sequences}: the batch size "
+                f"the batch has {batch.samples} samples where Megatron expects {samples}: the batch size "
                 "changed in a way that was not foreseen. Resume from the last checkpoint"
             )
         return batch
@@ -287,20 +288,24 @@ class PlannedBatches:
             self._asked.append(self._background.submit(self._ask_for_plan, samples))
 
     def _ask_for_plan(self, samples: range) -> _Asked:
-        lengths = self.source.lengths(np.arange(samples.start, samples.stop))
-        return samples, lengths, None if self._planner is None else self._planner.submit(lengths)
+        sequences = self.source.sequences(samples, self._channel)
+        pending = None if self._planner is None else self._planner.submit(sequences.lengths)
+        return _Asked(len(samples), sequences, pending)
 
-    def _share_and_read(self, asked: Future[_Asked]) -> _Ready:
-        samples, lengths, pending = asked.result()
+    def _share_and_read(self, future: Future[_Asked]) -> _Ready:
+        asked = future.result()
+        lengths = asked.sequences.lengths
         planned: Plan | FlexSPError | None = None
-        if self._planner is not None and pending is not None:
+        if self._planner is not None and asked.pending is not None:
             try:
-                planned = self._planner.result(pending)
+                planned = self._planner.result(asked.pending)
             except FlexSPError as error:
                 planned = error
         plan = self._channel.share(lengths, planned)
         planned_at = time.perf_counter()
-        return _Ready(lengths, plan, self._reader.read(plan, samples, lengths), planned_at)
+        read = partial(self._reader.read, plan, asked.sequences)
+        micro_batches = read() if self.source.has_index else self._channel.together(read)
+        return _Ready(asked.samples, lengths, plan, micro_batches, planned_at)
 
 
 class GivenBatch:

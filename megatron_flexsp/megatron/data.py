@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,25 +18,29 @@ from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.conversations import tokenization_of, tokenize_all
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
+from megatron_flexsp.megatron.packed_source import script_sources
+from megatron_flexsp.megatron.sequences import DataSet, SequenceSource
 
 
 @dataclass(frozen=True)
 class Sources:
     """Where the samples of each split come from; None for a split without any."""
 
-    train: SampleSource | None
-    validation: tuple[SampleSource | None, ...]
+    train: SequenceSource | None
+    validation: tuple[SequenceSource | None, ...]
     """One, but for --multiple-validation-sets."""
-    test: SampleSource | None
+    test: SequenceSource | None
 
     @property
-    def parts(self) -> list[DocumentDataset]:
+    def parts(self) -> list[DataSet]:
         """The data sets behind all of them."""
         return [part for source in (self.train, *self.validation, self.test) if source for part in source.parts]
 
 
-def build_sources(args: Any, settings: Settings, num_samples: tuple[int, int | None, int]) -> Sources:
-    """Train, validation and test documents, through megatron.core's builder.
+def build_sources(
+    args: Any, settings: Settings, num_samples: tuple[int, int | None, int], provider: Callable[..., Any]
+) -> Sources:
+    """Train, validation and test documents, through megatron.core's builder; or the script's own packs.
 
     Collective over the world.
 
@@ -45,18 +50,25 @@ def build_sources(args: Any, settings: Settings, num_samples: tuple[int, int | N
         Megatron's validated arguments and the checked flags.
     num_samples
         How many samples each split must have; None for each document once.
+    provider
+        The script's ``train_valid_test_datasets_provider``.
 
     Raises
     ------
     FlexSPError
         Where documents can't be read, or none are left for validation.
     """
-    train, validation, test = _build_datasets(args, settings, num_samples)
-    sets = validation if isinstance(validation, list) else [validation]
-    sources = Sources(_source(train), tuple(map(_source, sets)), _source(test))
+    if settings.samples == "packed":
+        sources = Sources(*script_sources(args, provider, num_samples))
+    else:
+        train, validation, test = _build_datasets(args, settings, num_samples)
+        sets = validation if isinstance(validation, list) else [validation]
+        sources = Sources(_source(train), tuple(map(_source, sets)), _source(test))
     if (args.eval_iters or args.full_validation) and None in sources.validation:
         flag = "--full-validation" if args.full_validation else f"--eval-iters {args.eval_iters}"
         given = f"--split {args.split}" if args.split else "the data given for it"
+        if settings.samples == "packed":
+            given = "the script"
         otherwise = "take the flag out" if args.full_validation else "set --eval-iters 0"
         raise FlexSPError(
             f"validation is asked for ({flag}), but {given} leaves no documents for it: give it a part, or {otherwise}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.conversations import Conversations
 from megatron_flexsp.megatron.mock_documents import MockDocuments
+from megatron_flexsp.megatron.plan_channel import PlanChannel
+from megatron_flexsp.megatron.sequences import Sequences, Stretch
 from megatron_flexsp.megatron.stored_documents import Lengths, StoredDocuments
 
 Documents = StoredDocuments | MockDocuments
@@ -241,7 +243,12 @@ def _save_whole(path: str, array: NDArray[Any]) -> None:
 
 
 class SampleSource:
-    """Lengths and tokens of samples, whether they come from one data set or from a blend."""
+    """Lengths and tokens of samples, whether they come from one data set or from a blend.
+
+    A sample is a sequence, and its number the sequence's handle.
+    """
+
+    has_index = True
 
     def __init__(self, dataset: DocumentDataset | BlendedDataset) -> None:
         self._dataset = dataset
@@ -278,10 +285,20 @@ class SampleSource:
         part, sample = self._part_of(sample)
         return part.read(sample, start, count)
 
-    def learned(self, sample: int, start: int, count: int) -> NDArray[np.bool_] | None:
-        """Which of those tokens count as labels; None: all of them."""
-        part, sample = self._part_of(sample)
-        return part.learned(sample, start, count)
+    def sequences(self, samples: Sequence[int], channel: PlanChannel) -> Sequences:
+        """The samples themselves; every rank knows their lengths from the index."""
+        return Sequences(self.lengths(np.asarray(samples, dtype=np.int64)), samples)
+
+    def stretch(self, handle: int, start: int, count: int) -> Stretch:
+        """``count`` tokens of a sample from ``start``, each with the one after it as its label."""
+        part, sample = self._part_of(handle)
+        text = part.read(sample, start, count + 1)
+        return Stretch(text[:-1], text[1:], part.learned(sample, start + 1, count))
+
+    def learned(self, handle: int, length: int) -> NDArray[np.bool_] | None:
+        """Which labels of a sample of so many tokens count; None: all."""
+        part, sample = self._part_of(handle)
+        return part.learned(sample, 1, length)
 
     def _part_of(self, sample: int) -> tuple[DocumentDataset, int]:
         """The data set that holds a sample, and its number there."""

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from megatron_flexsp.megatron.sequences import Stretch
 from megatron_flexsp.runtime import PackLayout
 
-Learned = Callable[[int, int, int], NDArray[np.bool_] | None]
-"""Which of ``count`` tokens of a sequence of the pack from ``start`` on count as labels; None: all of them."""
+Learned = Callable[[int, int], NDArray[np.bool_] | None]
+"""Which labels of a sequence of the pack count, by its place there and its length; None: all of them."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class FurtherTokensBuilder:
     depths
         How many tokens beyond the next one are predicted.
     learned
-        Which tokens count as labels.
+        Which labels count.
     logs_each_token
         Whether Megatron logs the mean over all tokens. If not, it logs the mean of the micro-batches' means, which
         here becomes that of the sequences' means.
@@ -67,19 +68,11 @@ class FurtherTokensBuilder:
         self._tokens, self._positions, self._labels = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         self._masks, self._weights, self._factors = (np.zeros(shape, dtype=np.float32) for _ in range(3))
 
-    def add(
-        self,
-        offset: int,
-        sequence: int,
-        start: int,
-        stop: int,
-        text: NDArray[np.integer],
-        learned: NDArray[np.bool_] | None,
-    ) -> None:
+    def add(self, offset: int, sequence: int, start: int, stop: int, ahead: Stretch) -> None:
         """The tokens ``[start, stop)`` of a sequence, which stand in the slice from ``offset`` on.
 
-        ``text`` holds the sequence's tokens from ``start`` on, ``learned`` which of those after the first count as
-        labels. Both reach as far beyond ``stop`` as depths are predicted, or to the sequence's end.
+        ``ahead`` begins at ``start`` and reaches as far beyond ``stop`` as depths are predicted, or to the sequence's
+        end.
         """
         length = self._layout.lengths[sequence]
         labels = self._labels_at(sequence)
@@ -88,11 +81,11 @@ class FurtherTokensBuilder:
             if count <= 0:
                 break
             row, here = depth - 1, slice(offset, offset + count)
-            self._tokens[row, here] = text[depth : depth + count]
-            self._labels[row, here] = text[depth + 1 : depth + count + 1]
+            self._tokens[row, here] = ahead.tokens[depth : depth + count]
+            self._labels[row, here] = ahead.labels[depth : depth + count]
             self._positions[row, here] = np.arange(start + depth, start + depth + count)
             mask = self._masks[row, here]
-            mask[:] = 1.0 if learned is None else learned[depth : depth + count]
+            mask[:] = 1.0 if ahead.learned is None else ahead.learned[depth : depth + count]
             left = max(labels[depth], 1)
             self._weights[row, here] = mask if self._logs_each_token else mask / left
             self._factors[row, here] = labels[0] / left if self._logs_each_token else labels[0]
@@ -100,7 +93,7 @@ class FurtherTokensBuilder:
     def _labels_at(self, sequence: int) -> list[int]:
         """How many labels a whole sequence has, and how many are left at each depth."""
         length = self._layout.lengths[sequence]
-        learned = self._learned(sequence, 1, length)
+        learned = self._learned(sequence, length)
         if learned is None:
             return [max(length - depth, 0) for depth in range(self._depths + 1)]
         return [int(learned[depth:].sum()) for depth in range(self._depths + 1)]

@@ -21,22 +21,24 @@ from torch import Tensor
 
 from megatron_flexsp.megatron.batches import GivenBatch, PlannedBatch, SliceReader
 from megatron_flexsp.megatron.context import Context, on_cpu
+from megatron_flexsp.megatron.sequences import Sequences, Stretch
 from megatron_flexsp.planner import Plan, first_ranks
 from megatron_flexsp.profiler.memory import SavedBytes, optimizer_tensors, state_bytes
 
 
 class RandomText:
-    """Tokens that no file holds, the same for every sample that begins at the same place."""
+    """Tokens that no file holds, the same for every sequence that begins at the same place."""
 
     def __init__(self, vocabulary: int, longest: int) -> None:
         self._tokens = np.random.default_rng(0).integers(0, vocabulary, longest + 1)
 
-    def read(self, sample: int, start: int, count: int) -> NDArray[Any]:
+    def stretch(self, handle: int, start: int, count: int) -> Stretch:
         """``count`` tokens from ``start``."""
-        return self._tokens[start : start + count]
+        text = self._tokens[start : start + count + 1]
+        return Stretch(text[:-1], text[1:], None)
 
-    def learned(self, sample: int, start: int, count: int) -> NDArray[np.bool_] | None:
-        """All of those tokens count as labels."""
+    def learned(self, handle: int, length: int) -> NDArray[np.bool_] | None:
+        """All labels count."""
         return None
 
 
@@ -72,10 +74,10 @@ class StepRunner:
         self._chunks = len(data_iterator) if isinstance(data_iterator, list) else None
         self._model = call.arguments["model"]
 
-    def batch(self, plan: Plan, lengths: NDArray[np.int64], reader: SliceReader, samples: Any = None) -> PlannedBatch:
-        """What this rank runs of a plan; ``samples`` are the sequences' numbers in the reader's source."""
-        numbers = range(len(lengths)) if samples is None else samples
-        return PlannedBatch(lengths, plan, reader.read(plan, numbers, lengths), 0.0, 0.0)
+    def batch(self, plan: Plan, sequences: Sequences, reader: SliceReader) -> PlannedBatch:
+        """What this rank runs of a plan."""
+        micro_batches = reader.read(plan, sequences)
+        return PlannedBatch(sequences.lengths, plan, micro_batches, 0.0, 0.0, len(sequences.lengths))
 
     def seconds(self, batch: PlannedBatch) -> float:
         """Run one step from a common start; what it took on the slowest rank. Collective."""

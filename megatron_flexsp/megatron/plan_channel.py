@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -63,6 +64,16 @@ class PlanChannel:
         self._rank = dist.get_rank()
 
     @property
+    def rank(self) -> int:
+        """This rank's number in the world."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        """Ranks of the world."""
+        return self._hosts.size
+
+    @property
     def plans_here(self) -> bool:
         """Whether this rank is the one that plans."""
         return self._rank == PLANNING_RANK
@@ -92,6 +103,38 @@ class PlanChannel:
         plan = planned if isinstance(planned, Plan) else sent
         self._agree(lengths_digest(lengths) == note["lengths"], plan.digest() == note["digest"])
         return plan
+
+    def together[T](self, call: Callable[[], T]) -> T:
+        """Collective: what ``call`` returns on this rank.
+
+        Raises
+        ------
+        FlexSPError
+            On every rank, if the call fails on any of them: what went wrong on the first one.
+        """
+        problem, result = None, None
+        try:
+            result = call()
+        except Exception as error:
+            problem = error
+        first = torch.tensor(self.size if problem is None else self._rank)
+        self._hosts.all_reduce(first, dist.ReduceOp.MIN)
+        if int(first) == self.size:
+            return result  # type: ignore[return-value]  # it is what the call returned
+        said = b""
+        if int(first) == self._rank:
+            name = "" if isinstance(problem, FlexSPError) else f"{type(problem).__name__}: "
+            said = f"{name}{problem}".encode()
+        length = int(self.sum(np.array([len(said)]))[0])
+        text = self.sum(np.frombuffer(said.ljust(length, b"\0"), dtype=np.uint8).astype(np.int64))
+        raise FlexSPError(text.astype(np.uint8).tobytes().decode()) from problem
+
+    def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Collective: the numbers of all ranks, added up."""
+        total = torch.from_numpy(values.copy())
+        if total.numel():
+            self._hosts.all_reduce(total, dist.ReduceOp.SUM)
+        return total.numpy()
 
     def _broadcast(self, payload: bytes) -> bytes:
         size = torch.tensor([len(payload)], dtype=torch.int64)

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.batches import PlannedBatch, SliceReader
 from megatron_flexsp.megatron.context import Context
-from megatron_flexsp.megatron.documents import SampleSource
 from megatron_flexsp.megatron.measured_steps import StepRunner
+from megatron_flexsp.megatron.sequences import Sequences, SequenceSource
 from megatron_flexsp.planner import CostModel, Plan, step_seconds
 
 
@@ -52,7 +52,7 @@ class PlannedSteps:
     """
 
     def __init__(
-        self, runner: StepRunner, context: Context, source: SampleSource, reader: SliceReader, tokens_per_rank: int
+        self, runner: StepRunner, context: Context, source: SequenceSource, reader: SliceReader, tokens_per_rank: int
     ) -> None:
         self._runner = runner
         self._context = context
@@ -69,10 +69,10 @@ class PlannedSteps:
             On the planning rank what plans rest on; None on the others.
         """
         batches = []
-        for degrees, samples in self._choices():
-            lengths = self._source.lengths(np.array(samples))
+        for degrees, sequences in self._choices():
+            lengths = sequences.lengths
             plan = self._context.channel.share(lengths, self._planned(cost_model, degrees, lengths))
-            batches.append(self._runner.batch(plan, lengths, self._reader, samples))
+            batches.append(self._runner.batch(plan, sequences, self._reader))
         return batches
 
     def compared(
@@ -106,8 +106,11 @@ class PlannedSteps:
         except FlexSPError as error:
             return error
 
-    def _choices(self) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-        """Degrees that a plan may use, and sequences that they can hold: all, the widest and others, narrow ones."""
+    def _choices(self) -> Iterator[tuple[tuple[int, ...], Sequences]]:
+        """Degrees that a plan may use, and sequences that they can hold: all, the widest and others, narrow ones.
+
+        Collective.
+        """
         settings, size = self._context.settings, get_args().global_batch_size
         degrees = settings.degrees
         widest = degrees[-1]
@@ -117,10 +120,9 @@ class PlannedSteps:
         total, begin = len(self._source), 0
         static = settings.schedule == "static"
         for allowed in choices[:1] if static else choices:
-            samples = [(begin + k) % total for k in range(size)]
+            found = self._source.sequences([(begin + k) % total for k in range(size)], self._context.channel)
             begin += size
             room = allowed[-1] * (self._capacity // settings.slice_multiple) * settings.slice_multiple
-            lengths = self._source.lengths(np.array(samples))
-            samples = [sample for sample, length in zip(samples, lengths, strict=True) if length <= room]
-            if samples:
-                yield allowed, samples
+            fitting = found.chosen(found.lengths <= room)
+            if len(fitting.lengths):
+                yield allowed, fitting

@@ -28,6 +28,7 @@ from megatron_flexsp.megatron.measured_memory import MemoryConstants, memory_con
 from megatron_flexsp.megatron.measured_steps import MeasuredBytes, RandomText, StepRunner
 from megatron_flexsp.megatron.planned_steps import PlannedSteps, repeated
 from megatron_flexsp.megatron.provenance import describe_job, describe_machine
+from megatron_flexsp.megatron.sequences import Sequences
 from megatron_flexsp.planner import CostModel
 from megatron_flexsp.profiler.fit import Sample, fit, quality
 from megatron_flexsp.profiler.interruption import EndsAtOnce
@@ -42,6 +43,8 @@ _EXCHANGE_REPEATS = 5
 _PLANS_UNDER_WAY_SECONDS = 120.0
 """What plans that are still under way may take before measuring begins."""
 _SAMPLED_LENGTHS = 4096
+_SAMPLED_BATCHES = 4
+"""Of samples that must be read for their lengths."""
 _LEAST_EXCHANGE = 0.5
 """Of the bare all-to-all's seconds that a token's exchange takes at least: the fit may not forget it altogether."""
 
@@ -104,8 +107,10 @@ class _Measurement:
         self._path: str = run.context.settings.profile
         self._writes = context.channel.plans_here
         self._has_written = False
-        count = min(len(self._source), _SAMPLED_LENGTHS)
-        self._lengths: NDArray[np.int64] = self._source.lengths(np.arange(count))
+        count = _SAMPLED_LENGTHS if self._source.has_index else _SAMPLED_BATCHES * get_args().global_batch_size
+        count = min(len(self._source), count)
+        self._lengths: NDArray[np.int64] = self._source.sequences(range(count), context.channel).lengths
+        self._tokens_per_sample = float(self._lengths.sum()) / count
         longest = max(part.longest for part in self._source.parts)
         self._longest = min(longest, max(self._settings.degrees) * context.token_capacity)
         args = get_args()
@@ -171,7 +176,8 @@ class _Measurement:
 
     def _batch(self, point: Point) -> PlannedBatch:
         settings = self._settings
-        return self._runner.batch(*plan_of(point, settings.domain_size, settings.in_rounds), self._text)
+        plan, lengths = plan_of(point, settings.domain_size, settings.in_rounds)
+        return self._runner.batch(plan, Sequences(lengths, range(len(lengths))), self._text)
 
     def _memory_constants(self, measured: list[tuple[int, MeasuredBytes]]) -> MemoryConstants:
         in_flight, given = self._settings.micro_batches_in_flight, self._context.token_capacity
@@ -192,7 +198,7 @@ class _Measurement:
 
     def _useful_tokens(self) -> float:
         """What memory holds, but no more than a plan would give one micro-batch of a rank."""
-        batch_tokens = get_args().global_batch_size * float(self._lengths.mean())
+        batch_tokens = get_args().global_batch_size * self._tokens_per_sample
         even_share = batch_tokens / self._settings.domain_size
         return min(self._capacity, max(even_share, self._longest / max(self._settings.degrees)))
 

@@ -32,18 +32,17 @@ from megatron_flexsp.megatron.batches import (
     PlannedBatch,
     PlannedBatches,
     SliceReader,
-    TokenSource,
     batches_from,
 )
 from megatron_flexsp.megatron.context import Context, build_context, on_cpu
 from megatron_flexsp.megatron.data import build_sources, evaluation_batch_size, train_batch_size
-from megatron_flexsp.megatron.documents import SampleSource
 from megatron_flexsp.megatron.drift import DriftWatch, profile_command
 from megatron_flexsp.megatron.dropout import has_dropout, seed_dropout
 from megatron_flexsp.megatron.multi_token_prediction import Successors, logs_each_token
 from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
 from megatron_flexsp.megatron.recomputation import asked_configurations, each_layer_recomputed
 from megatron_flexsp.megatron.routers import RoutedPack, check_routers, routed
+from megatron_flexsp.megatron.sequences import SequenceSource, TokenSource
 from megatron_flexsp.megatron.step_log import log_step
 from megatron_flexsp.megatron.tracing import Tracer
 from megatron_flexsp.megatron.validation import WholeSet, all_batches
@@ -105,7 +104,8 @@ class FlexSPTraining:
             if bound.arguments.get("process_non_loss_data_func") is not None:
                 raise FlexSPError("the script passes process_non_loss_data_func to pretrain: it is not supported")
             script_step = bound.arguments["forward_step_func"]
-            bound.arguments["train_valid_test_dataset_provider"] = self._dataset_provider()
+            script_provider = bound.arguments["train_valid_test_dataset_provider"]
+            bound.arguments["train_valid_test_dataset_provider"] = self._dataset_provider(script_provider)
             bound.arguments["forward_step_func"] = functools.partial(self._forward_step, _script_loss(script_step))
             result = original(*bound.args, **bound.kwargs)
             self.settle(_LAST_PLANS_SECONDS)
@@ -249,19 +249,19 @@ class FlexSPTraining:
             self._tracer.watch_backward(item, output)
         return output, functools.partial(script_loss, loss_mask, model=model)
 
-    def _dataset_provider(self) -> Callable[..., Any]:
+    def _dataset_provider(self, of_script: Callable[..., Any]) -> Callable[..., Any]:
         def provider(num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
             if self._iterators is None:
-                self._iterators = self._build(num_samples)
+                self._iterators = self._build(num_samples, of_script)
             return self._iterators
 
         provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron reads it: every rank calls
         return provider
 
-    def _build(self, num_samples: tuple[int, int | None, int]) -> Iterators:
+    def _build(self, num_samples: tuple[int, int | None, int], of_script: Callable[..., Any]) -> Iterators:
         """Collective: data first, then groups, then the iterators over planned batches."""
         args, settings = get_args(), self._settings
-        sources = build_sources(args, settings, num_samples)
+        sources = build_sources(args, settings, num_samples, of_script)
         # Megatron's evaluation would average over micro-batches instead of tokens, which depends on the plan.
         args.sft = False
         parts = sources.parts
@@ -314,24 +314,24 @@ class FlexSPTraining:
         )
 
     @property
-    def training_source(self) -> SampleSource:
-        """The documents to train on; there once the data is built."""
+    def training_source(self) -> SequenceSource:
+        """The samples to train on; there once the data is built."""
         assert self._iterators is not None
         batches = self._iterators[0]
         assert batches is not None
         return batches.source
 
     def _batches_of(
-        self, source: SampleSource | None, consumed: int, size_at: Callable[[int], int]
+        self, source: SequenceSource | None, consumed: int, size_at: Callable[[int], int]
     ) -> PlannedBatches | None:
         return None if source is None else self._planned(source, batches_from(consumed, len(source), size_at))
 
-    def _whole_set(self, source: SampleSource | None) -> WholeSet:
+    def _whole_set(self, source: SequenceSource | None) -> WholeSet:
         assert source is not None
         batches = all_batches(len(source), evaluation_batch_size())
         return WholeSet(len(batches), lambda: self._planned(source, iter(batches)))
 
-    def _planned(self, source: SampleSource, batches: Iterator[range]) -> PlannedBatches:
+    def _planned(self, source: SequenceSource, batches: Iterator[range]) -> PlannedBatches:
         assert self._background is not None
         context = self.context
         return PlannedBatches(

@@ -146,6 +146,17 @@ def test_files_that_are_not_there(examine: Examine, documents: Path, tmp_path: P
     assert len(errors(found)) == 6
 
 
+def test_packed_samples_are_the_scripts_own(examine: Examine, tmp_path: Path) -> None:
+    found = examine("--flexsp-samples packed --eval-iters 1 --split 100,0,0", data=tmp_path / "packs")
+    assert not errors(found)
+    assert "24 packs a step" in found["domain"][0].found
+    assert "the script's own data sets" in found["data"][0].found
+    assert "read a few steps before" in found["lengths"][0].found
+    assert "the longest sequence, 48 tokens, needs 2" in found["capacity"][0].found
+    refused = examine("--flexsp-samples packed --flexsp-overlong drop")
+    assert "--flexsp-overlong with --flexsp-samples packed" in refused["shape"][0].found
+
+
 def test_conversations_are_files_of_messages(examine: Examine, tmp_path: Path) -> None:
     path = tmp_path / "talks.jsonl"
     path.write_text('{"messages": [{"role": "system", "content": "be kind"}]}\n')

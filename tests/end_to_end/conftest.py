@@ -113,11 +113,12 @@ def train(torchrun: Callable, documents: Path, tmp_path: Path) -> Callable[..., 
         gradients: bool = False,
         kept: bool = False,
         megatron: Path | None = None,
+        script: dict[str, str] | None = None,
         **options: object,
     ) -> Run:
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        environment = environment_of(arguments, megatron)
+        environment = environment_of(arguments, megatron) | (script or {})
         if plan is not None:
             environment["FLEXSP_TEST_PLAN"] = plan
         if kept:
@@ -142,10 +143,10 @@ def train(torchrun: Callable, documents: Path, tmp_path: Path) -> Callable[..., 
 @pytest.fixture(scope="session")
 def reference(torchrun: Callable, documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
     """The unpacked run of a model and a model-parallel layout, started once for each."""
-    known: dict[tuple[int, tuple[str, ...], Path | None], Run] = {}
+    known: dict[tuple[int, tuple[str, ...], Path | None, bool], Run] = {}
 
-    def run(nproc: int, *arguments: str, megatron: Path | None = None) -> Run:
-        key = (nproc, arguments, megatron)
+    def run(nproc: int, *arguments: str, megatron: Path | None = None, packs: bool = False) -> Run:
+        key = (nproc, arguments, megatron, packs)
         if key not in known:
             folder = tmp_path_factory.mktemp("reference")
             result = torchrun(
@@ -153,7 +154,7 @@ def reference(torchrun: Callable, documents: Path, tmp_path_factory: pytest.Temp
                 str(HERE / "unpacked.py"),
                 *(*JOB, "--data-path", str(documents)),
                 *("--save", str(folder), "--save-interval", "5", "--save-wgrads-interval", "1", *arguments),
-                env=environment_of(arguments, megatron),
+                env=environment_of(arguments, megatron) | ({"FLEXSP_TEST_PACKS": "1"} if packs else {}),
             )
             known[key] = Run(result.stdout + result.stderr, folder)
         return known[key]

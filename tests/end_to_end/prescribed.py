@@ -3,6 +3,7 @@
 FLEXSP_TEST_PLAN names the micro-batches, such as ``[0123] [01] [2] [3]``; sequences are dealt to them in turn, or
 stand beside each: ``[01]:4,5``. A filler has none: ``[0]:``. A star has activations recomputed, whatever fits:
 ``[01]*``. With FLEXSP_TEST_KEPT each forward pass prints the bytes that it leaves for the backward pass.
+FLEXSP_TEST_SCRIPT is another script.
 """
 
 import itertools
@@ -85,4 +86,5 @@ if "FLEXSP_TEST_NO_CHECKPOINT" in os.environ:
 
     training.save_checkpoint_and_time = lambda *args, **kwargs: None
 
-runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "pretrain_gpt.py"), run_name="__main__")
+script = Path(__file__).parents[2] / "scripts" / "pretrain_gpt.py"
+runpy.run_path(os.environ.get("FLEXSP_TEST_SCRIPT", str(script)), run_name="__main__")

@@ -6,6 +6,7 @@ in place.
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from megatron.training.utils import get_blend_and_blend_per_split  # noqa: E402
 from megatron_flexsp.megatron import releases  # noqa: E402
 from megatron_flexsp.megatron.data import tokenize_conversations  # noqa: E402
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig  # noqa: E402
+from tests.end_to_end.packs import Packs  # noqa: E402
+from tests.end_to_end.packs import one_by_one as one_by_one_of  # noqa: E402
 
 if "transformer_engine" in sys.argv:
     # The stand-in for it computes on the CPU, so the stand-in for CUDA needn't choose other kernels.
@@ -72,8 +75,18 @@ def one_by_one(dataset: DocumentDataset, known: dict[tuple[int, ...], Any]) -> A
         }
 
 
+coming: Any = None
+"""Under FLEXSP_TEST_PACKS: the sequences of each global batch, as many as its packs hold."""
+
+
 def provider(num_samples: tuple[int, int, int], vp_stage: int | None = None) -> Any:
     args = get_args()
+    if "FLEXSP_TEST_PACKS" in os.environ:
+        global coming
+        packs = Packs(num_samples[0], args.seq_length, seed=1)
+        size = args.global_batch_size
+        coming = (list(one_by_one_of(packs, range(first, first + size))) for first in range(0, len(packs), size))
+        return iter(()), None, None
     blend, _ = get_blend_and_blend_per_split(args)
     config = DocumentDatasetConfig(
         random_seed=args.seed, sequence_length=args.seq_length, blend=blend, split=args.split
@@ -98,6 +111,9 @@ def keeping_outputs(*args: Any, **kwargs: Any) -> Any:
 
     def run(**options: Any) -> Any:
         releases.keep_what_is_being_sent(options["model"])
+        if coming is not None:
+            sequences = next(coming)
+            options |= {"data_iterator": iter(sequences), "num_microbatches": len(sequences)}
         return schedule(**options)
 
     return run

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from megatron_flexsp.megatron.further_tokens import FurtherTokens, FurtherTokensBuilder
+from megatron_flexsp.megatron.sequences import Stretch
 from megatron_flexsp.runtime import PackLayout
 
 DEPTHS = 3
@@ -14,16 +15,17 @@ LEARNED = [np.random.default_rng(number).random(len(text)) < 0.6 for number, tex
 
 
 def read(layout: PackLayout, masked: bool, logs_each_token: bool) -> FurtherTokens:
-    def learned(sequence: int, start: int, count: int) -> np.ndarray | None:
-        return LEARNED[sequence][start : start + count] if masked else None
+    def learned(sequence: int, length: int) -> np.ndarray | None:
+        return LEARNED[sequence][1 : length + 1] if masked else None
 
     builder = FurtherTokensBuilder(layout, DEPTHS, learned, logs_each_token)
     offset = 0
     for piece in layout.pieces:
         ahead = min(piece.stop + DEPTHS, LENGTHS[piece.sequence])
         text = TEXTS[piece.sequence][piece.start : ahead + 1]
-        mask = learned(piece.sequence, piece.start + 1, ahead - piece.start)
-        builder.add(offset, piece.sequence, piece.start, piece.stop, text, mask)
+        mask = learned(piece.sequence, ahead)
+        found = Stretch(text[:-1], text[1:], None if mask is None else mask[piece.start :])
+        builder.add(offset, piece.sequence, piece.start, piece.stop, found)
         offset += piece.stop - piece.start
     return builder.build()
 
