@@ -25,7 +25,7 @@ from megatron_flexsp.doctor.inside import Request, Say
 from megatron_flexsp.doctor.kernels import examine_kernels
 from megatron_flexsp.doctor.tokenizer import vocabulary_size
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import arguments, rounds
+from megatron_flexsp.megatron import arguments, recomputation, rounds
 from megatron_flexsp.planner import legal_degrees
 from megatron_flexsp.runtime import ring_size_of
 
@@ -174,7 +174,8 @@ def _mend(args: argparse.Namespace) -> None:
 def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, None, arguments.Settings | None]:
     """FlexSP's settings after Megatron's own validation; None where either refuses."""
     try:
-        arguments.settings_from_args(args)
+        if arguments.settings_from_args(args).recompute:
+            recomputation.check_release(args)
     except FlexSPError as problem:
         yield error("shape", str(problem), "correct it: FlexSP refuses to start")
         return None

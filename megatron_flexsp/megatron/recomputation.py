@@ -63,18 +63,21 @@ def check_release(args: argparse.Namespace) -> None:
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
     from megatron.core.transformer.transformer_block import TransformerBlock
 
-    asked = [TransformerBlock, *([MultiTokenPredictionLayer] if args.mtp_num_layers else [])]
-    for kind in asked:
+    for kind in (TransformerBlock, *([MultiTokenPredictionLayer] if args.mtp_num_layers else ())):
         if _ASKS.search(inspect.getsource(kind.forward)) is None:
             raise FlexSPError(
                 f"{_FLAG}: this Megatron's {kind.__name__} doesn't decide in each forward pass whether it recomputes. "
                 "Take the flag out"
             )
-    # Until 0.18 it hands the pack to a checkpoint that takes tensors alone.
-    if args.mtp_num_layers and "forward_func" in inspect.signature(asked[-1]._checkpointed_forward).parameters:
-        raise FlexSPError(
-            f"{_FLAG} with --mtp-num-layers: this Megatron can't recompute packs there; 0.18 can. Take one of them out"
-        )
+    if args.mtp_num_layers:
+        given = inspect.signature(MultiTokenPredictionLayer.forward).parameters
+        taken = inspect.signature(MultiTokenPredictionLayer._checkpointed_forward).parameters
+        # 0.17 hands the pack to a checkpoint that takes tensors alone, 0.18 the padding to one that doesn't take it.
+        if {"packed_seq_params", *({"padding_mask"} & given.keys())} - taken.keys():
+            raise FlexSPError(
+                f"{_FLAG} with --mtp-num-layers: this Megatron can't recompute further tokens; 0.19 can. Take one of "
+                "the two out"
+            )
 
 
 def scaled_capacity(cost_model: CostModel, token_capacity: int) -> int | None:

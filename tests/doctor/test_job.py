@@ -61,6 +61,17 @@ def test_a_sound_job_is_foreseen(examine: Examine, documents: Path) -> None:
     assert found["data"][0].found == str(documents)
 
 
+def test_what_is_held_where_activations_are_recomputed(examine: Examine) -> None:
+    found = examine("--flexsp-recompute --flexsp-max-recomputed-tokens-per-rank 48")
+    assert not errors(found)
+    assert found["capacity"][0].found == (
+        "24 tokens a rank and micro-batch, 48 where activations are recomputed; the widest group, 8 ranks, holds 384; "
+        "the longest sequence, 48 tokens, needs 1"
+    )
+    (problem,) = errors(examine("--flexsp-recompute --recompute-granularity full --recompute-method uniform"))[:1]
+    assert "everything is recomputed already" in problem.found
+
+
 def test_what_flexsp_refuses_and_what_megatron_does_not_know(examine: Examine) -> None:
     found = examine("--context-parallel-size 2 --fim-data --flexsp-degres 2", without="--flexsp")
     refused = " ".join(finding.found for finding in found["flags"])

@@ -161,3 +161,16 @@ class TestMegatron:
         monkeypatch.setattr(TransformerBlock, "forward", lambda self: None)
         with pytest.raises(FlexSPError, match="TransformerBlock doesn't decide in each forward pass"):
             check_release(Namespace(mtp_num_layers=None))
+
+    def test_further_tokens_that_can_not_be_recomputed_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+        def of_0_17(self: Any, forward_func: Any, *args: Any, **kwargs: Any) -> None: ...
+
+        def of_0_18(self: Any, hidden_states: Any, packed_seq_params: Any) -> None: ...
+
+        for checkpointed_forward in (of_0_17, of_0_18):
+            monkeypatch.setattr(MultiTokenPredictionLayer, "_checkpointed_forward", checkpointed_forward)
+            check_release(Namespace(mtp_num_layers=None))
+            with pytest.raises(FlexSPError, match="can't recompute further tokens"):
+                check_release(Namespace(mtp_num_layers=1))
