@@ -27,8 +27,9 @@ class Kind(StrEnum):
     BACKWARD = "backward"
 
 
-# A backward does two matrix products for each one of its forward.
+# A backward does two matrix products for each one of its forward, and that one again where it recomputes.
 _SHARES = {Kind.BOTH: 1.0, Kind.FORWARD: 1 / 3, Kind.BACKWARD: 2 / 3}
+_RECOMPUTED_SHARES = {Kind.BOTH: 1.0, Kind.FORWARD: 1 / 4, Kind.BACKWARD: 3 / 4}
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def simulate(
             kind=kind,
             ranks=plan.micro_batches[index].ranks,
             start_seconds=start,
-            end_seconds=start + _SHARES[kind] * float(durations[index, stage]),
+            end_seconds=start + items[item].share(kind) * float(durations[index, stage]),
         )
         for (item, stage, kind), (start, _) in ends.items()
         for index in items[item].micro_batches
@@ -131,12 +132,17 @@ class _Item:
 
     ranks: range
     micro_batches: tuple[int, ...]
+    recomputed: bool = False
+
+    def share(self, kind: Kind) -> float:
+        """Which part of its time a pass takes."""
+        return (_RECOMPUTED_SHARES if self.recomputed else _SHARES)[kind]
 
 
 def _items(plan: Plan) -> list[_Item]:
     """In lockstep all ranks meet in every layer of a round, in collectives that the plan knows nothing of."""
     if plan.schedule != "lockstep":
-        return [_Item(item.ranks, (index,)) for index, item in enumerate(plan.micro_batches)]
+        return [_Item(item.ranks, (index,), item.recomputed) for index, item in enumerate(plan.micro_batches)]
     numbers = iter(range(len(plan.micro_batches)))
     return [_Item(range(plan.domain_size), tuple(next(numbers) for _ in together)) for together in rounds(plan)]
 
@@ -195,7 +201,7 @@ class _Shop:
             ready = max(ready, self._done[needed][1])
         block = slice(ranks.start, ranks.stop)
         start = max(ready, float(self._free_at[block, stage].max()))
-        end = start + _SHARES[kind] * float(self._durations[number, stage])
+        end = start + self._items[number].share(kind) * float(self._durations[number, stage])
         self._free_at[block, stage] = end
         self._done[key] = start, end
         for queue in queues:

@@ -1,5 +1,6 @@
 """Plans on paper: against the planner's own formula, against what is known of pipelines, and slowed down."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -79,6 +80,15 @@ def test_equal_micro_batches_fill_and_drain_a_pipeline_once(count, stages):
     one = 0.1 + 1e-6 * 500**2 + 1e-3 * 500
     assert timeline.step_seconds == pytest.approx((count + stages - 1) * one)
     assert timeline.busy_share == pytest.approx(count / (count + stages - 1))
+
+
+def test_a_recomputed_micro_batch_runs_its_forward_pass_again_in_its_backward_pass():
+    kept = plan_of((0, 1, (0,)), domain_size=1)
+    recomputed = replace(kept, micro_batches=(replace(kept.micro_batches[0], recomputed=True),))
+    passes = [simulate(made, [500], COSTS, pipeline_stages=2).operations for made in (kept, recomputed)]
+    for before, after in zip(*passes, strict=True):
+        took, takes = (item.end_seconds - item.start_seconds for item in (before, after))
+        assert takes == pytest.approx(took * (1.5 if before.kind is Kind.BACKWARD else 1))
 
 
 def test_a_slow_rank_holds_up_its_group_and_nobody_else():
