@@ -113,16 +113,27 @@ class SliceReader:
 
     def read(self, plan: Plan, sequences: Sequences) -> list[LocalMicroBatch]:
         """What this rank runs, in order."""
-        return [self._read_one(item, sequences) for item in plan.micro_batches_of_rank(self._domain_rank)]
+        items = plan.micro_batches_of_rank(self._domain_rank)
+        layouts = [self._layout(item, sequences.lengths) for item in items]
+        laid_out = list(zip(items, layouts, strict=True))
+        if self._reads_tokens:
+            self._source.prepare(
+                sequences.handles[item.sequences[piece.sequence]]
+                for item, layout in laid_out
+                for piece in layout.pieces
+            )
+        return [self._read_one(item, layout, sequences) for item, layout in laid_out]
 
-    def _read_one(self, item: MicroBatch, sequences: Sequences) -> LocalMicroBatch:
-        layout = PackLayout(
-            lengths=tuple(int(sequences.lengths[k]) for k in item.sequences),
+    def _layout(self, item: MicroBatch, lengths: NDArray[np.int64]) -> PackLayout:
+        return PackLayout(
+            lengths=tuple(int(lengths[k]) for k in item.sequences),
             degree=item.degree,
             member=self._domain_rank - item.first_rank,
             slice_multiple=self._slice_multiple,
             ring_size=1 if self._query_heads is None else ring_size_of(item.degree, self._query_heads),
         )
+
+    def _read_one(self, item: MicroBatch, layout: PackLayout, sequences: Sequences) -> LocalMicroBatch:
         ring = None
         if layout.ring_size > 1:
             ring = RingSchedule.of(layout)

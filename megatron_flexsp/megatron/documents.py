@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -288,6 +288,9 @@ class SampleSource:
     def sequences(self, samples: Sequence[int], channel: PlanChannel) -> Sequences:
         """The samples themselves; every rank knows their lengths from the index."""
         return Sequences(self.lengths(np.asarray(samples, dtype=np.int64)), samples)
+
+    def prepare(self, handles: Iterable[int]) -> None:
+        """Nothing: the operating system reads ahead."""
 
     def stretch(self, handle: int, start: int, count: int) -> Stretch:
         """``count`` tokens of a sample from ``start``, each with the one after it as its label."""

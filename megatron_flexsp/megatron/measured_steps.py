@@ -32,6 +32,9 @@ class RandomText:
     def __init__(self, vocabulary: int, longest: int) -> None:
         self._tokens = np.random.default_rng(0).integers(0, vocabulary, longest + 1)
 
+    def prepare(self, handles: Iterable[int]) -> None:
+        """Nothing: it is all there."""
+
     def stretch(self, handle: int, start: int, count: int) -> Stretch:
         """``count`` tokens from ``start``."""
         text = self._tokens[start : start + count + 1]

@@ -8,9 +8,10 @@ those samples that it has a slice of.
 from __future__ import annotations
 
 import inspect
+import signal
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -23,10 +24,11 @@ from numpy.typing import NDArray
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.packed_samples import Pack, Unpacking, unpack
 from megatron_flexsp.megatron.plan_channel import PlanChannel
+from megatron_flexsp.megatron.sample_readers import SampleReaders
 from megatron_flexsp.megatron.sequences import Sequences, Stretch
 
 _CACHE_BYTES = 256 << 20
-"""Samples that a rank keeps: it may have slices of several of a sample's sequences, in different micro-batches."""
+"""Samples that a rank keeps, beside those that it needs now."""
 
 _SPLITS = ("training", "validation", "test")
 
@@ -52,14 +54,19 @@ class PackedSource:
         What errors call it.
     how
         What the job asks of packs.
+    workers, ignored
+        Processes that read, and a signal that they don't heed.
     """
 
     has_index = False
 
-    def __init__(self, dataset: Any, name: str, how: Unpacking) -> None:
+    def __init__(
+        self, dataset: Any, name: str, how: Unpacking, workers: int = 0, ignored: signal.Signals | None = None
+    ) -> None:
         self._dataset = dataset
         self.name = name
         self._how = how
+        self._readers = SampleReaders(self._read, workers, ignored)
         self._cache: OrderedDict[int, Pack] = OrderedDict()
         self._cached_bytes = 0
 
@@ -84,7 +91,7 @@ class PackedSource:
     def sequences(self, samples: Sequence[int], channel: PlanChannel) -> Sequences:
         """The sequences of these samples, in the samples' order. Collective."""
         mine = range(channel.rank, len(samples), channel.size)
-        packs = channel.together(lambda: [self._pack(samples[place]) for place in mine])
+        packs = channel.together(lambda: self._packs([samples[place] for place in mine]))
         heads = np.zeros((len(samples), 2), dtype=np.int64)
         for place, pack in zip(mine, packs, strict=True):
             heads[place] = len(pack.starts), pack.checksum
@@ -104,45 +111,49 @@ class PackedSource:
         ]
         return Sequences(bounds[:, 1], handles)
 
+    def prepare(self, handles: Iterable[PackedSequence]) -> None:
+        """Have these sequences at hand: the next that are read."""
+        checksums = {handle.sample: handle.checksum for handle in handles}
+        for (sample, checksum), pack in zip(checksums.items(), self._packs(list(checksums)), strict=True):
+            if pack.checksum != checksum:
+                raise FlexSPError(
+                    f"{self.name}: sample {sample} is not what it was when its batch was planned. Several ranks read "
+                    "each sample, so it must be the same every time and everywhere: random choices in the data set "
+                    "must follow from the sample's number, and every node must see the same files"
+                )
+
     def stretch(self, handle: PackedSequence, start: int, count: int) -> Stretch:
-        """``count`` tokens of a sequence from ``start``, with their labels."""
-        return self._planned(handle).stretch(handle.start + start, count)
+        """``count`` tokens of a sequence that was prepared, from ``start``, with their labels."""
+        return self._cache[handle.sample].stretch(handle.start + start, count)
 
     def learned(self, handle: PackedSequence, length: int) -> NDArray[np.bool_] | None:
         """Which labels of a sequence of so many tokens count."""
         return self.stretch(handle, 0, length).learned
 
-    def _planned(self, handle: PackedSequence) -> Pack:
-        pack = self._pack(handle.sample)
-        if pack.checksum != handle.checksum:
-            raise FlexSPError(
-                f"{self.name}: sample {handle.sample} is not what it was when its batch was planned. Several ranks "
-                "read each sample, so it must be the same every time and everywhere: random choices in the data set "
-                "must follow from the sample's number, and every node must see the same files"
-            )
-        return pack
-
-    def _pack(self, sample: int) -> Pack:
-        pack = self._cache.pop(sample, None)
-        if pack is None:
-            pack = self._read(sample)
-            self._cached_bytes += pack.nbytes
-        self._cache[sample] = pack  # as the one that was used last
-        while self._cached_bytes > _CACHE_BYTES and len(self._cache) > 1:
+    def _packs(self, samples: list[int]) -> list[Pack]:
+        """These samples, taken apart. Others make room where the cache is full."""
+        missing = list(dict.fromkeys(sample for sample in samples if sample not in self._cache))
+        for sample, found in zip(missing, self._readers.read(missing), strict=True):
+            if isinstance(found, str):
+                raise FlexSPError(found)
+            self._cache[sample] = found
+            self._cached_bytes += found.nbytes
+        for sample in samples:
+            self._cache.move_to_end(sample)
+        while self._cached_bytes > _CACHE_BYTES and len(self._cache) > len(samples):
             self._cached_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return pack
+        return [self._cache[sample] for sample in samples]
 
-    def _read(self, sample: int) -> Pack:
+    def _read(self, sample: int) -> Pack | str:
+        """One sample, taken apart, or why there is none; runs in a process of its own."""
         try:
             return unpack(self._dataset[sample], self._how)
         except FlexSPError as error:
-            raise FlexSPError(f"{self.name}: sample {sample} can't be planned: {error}") from None
+            return f"{self.name}: sample {sample} can't be planned: {error}"
         except Exception as error:  # the script's own code
             last = traceback.extract_tb(error.__traceback__)[-1]
-            raise FlexSPError(
-                f"{self.name}: sample {sample} can't be read: {type(error).__name__}: {error} ({last.filename}, line "
-                f"{last.lineno})"
-            ) from error
+            where = f"{last.filename}, line {last.lineno}"
+            return f"{self.name}: sample {sample} can't be read: {type(error).__name__}: {error} ({where})"
 
 
 ScriptSources = tuple[PackedSource | None, tuple[PackedSource | None, ...], PackedSource | None]
@@ -172,8 +183,7 @@ def script_sources(args: Any, provider: Callable[..., Any], num_samples: Sequenc
         train, validation, test = provider(num_samples, **options)
     sets = validation if isinstance(validation, (list, tuple)) else [validation]
     named = [(_SPLITS[0], train), *((_SPLITS[1], dataset) for dataset in sets), (_SPLITS[2], test)]
-    how = unpacking(args)
-    found = [_source(dataset, split, how) for split, dataset in named]
+    found = [_source(args, dataset, split) for split, dataset in named]
     _agree([None if source is None else len(source) for source in found], [split for split, _ in named])
     return found[0], tuple(found[1:-1]), found[-1]
 
@@ -205,15 +215,19 @@ def _as_first_rank() -> Iterator[None]:
         parallel_state.set_pipeline_model_parallel_rank(None)
 
 
-def _source(dataset: Any, split: str, how: Unpacking) -> PackedSource | None:
+def _source(args: Any, dataset: Any, split: str) -> PackedSource | None:
     if dataset is None:
         return None
+    kind = type(dataset).__name__
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise FlexSPError(
-            f"--flexsp-samples packed: the script's {split} set is a {type(dataset).__name__}, whose samples can't be "
-            "read by number. It must have __len__ and __getitem__, as PyTorch's map-style data sets have"
+            f"--flexsp-samples packed: the script's {split} set is a {kind}, whose samples can't be read by number. It "
+            "must have __len__ and __getitem__, as PyTorch's map-style data sets have"
         )
-    return PackedSource(dataset, f"the script's {split} set ({type(dataset).__name__})", how) if len(dataset) else None
+    if not len(dataset):
+        return None
+    ignored = getattr(args, "exit_signal", signal.SIGTERM) if args.exit_signal_handler else None
+    return PackedSource(dataset, f"the script's {split} set ({kind})", unpacking(args), args.num_workers, ignored)
 
 
 def _agree(sizes: list[int | None], splits: list[str]) -> None:

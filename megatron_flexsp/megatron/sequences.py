@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -44,6 +44,9 @@ class Sequences:
 
 class TokenSource(Protocol):
     """Where tokens come from."""
+
+    def prepare(self, handles: Iterable[Any]) -> None:
+        """Is told of which sequences stretches are asked for next."""
 
     def stretch(self, handle: Any, start: int, count: int) -> Stretch:
         """``count`` tokens of a sequence from ``start``, with their labels."""

@@ -49,3 +49,17 @@ def test_a_batch_without_a_plan_stops_all_ranks(two_processes: Seen) -> None:
     assert len(stopped[0]) == len(stopped[1])
     assert stopped[0][-1] == stopped[1][-1]
     assert "has 41 tokens, but the widest allowed group holds 40" in stopped[0][-1]
+
+
+def test_ranks_share_the_reading_of_packs_and_know_all_of_their_sequences(two_processes: Seen) -> None:
+    (lengths, handles, first_read), second = (seen["packs"] for seen in two_processes)
+    assert second[:2] == [lengths, handles]
+    assert (first_read, second[2]) == ([2, 4, 6], [3, 5])
+    assert lengths == [length for number in range(2, 7) for length in range(1, number + 1)]
+    assert handles[:5] == [[2, 0], [2, 1], [3, 0], [3, 1], [3, 3]]
+
+
+def test_a_pack_that_one_rank_cannot_read_stops_all_ranks(two_processes: Seen) -> None:
+    first, second = (seen["packs that stop"] for seen in two_processes)
+    assert first == second
+    assert first.startswith("packs: sample 4 can't be read: OSError: a disk is gone (")

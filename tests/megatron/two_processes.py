@@ -17,10 +17,13 @@ from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.batches import PlannedBatches, SliceReader, batches_from
 from megatron_flexsp.megatron.documents import DocumentDataset, SampleSource
 from megatron_flexsp.megatron.mock_documents import MockDocuments
+from megatron_flexsp.megatron.packed_samples import Unpacking
+from megatron_flexsp.megatron.packed_source import PackedSource
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.planner import CostModel, MicroBatch, Plan
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
 from megatron_flexsp.runtime import Hosts
+from tests.megatron.packs import Packs
 from tests.megatron.stored import configuration
 
 COST_MODEL = CostModel(
@@ -71,6 +74,17 @@ def batches(channel: PlanChannel, rank: int, longest: int) -> list[Any]:
     return seen
 
 
+def packs(channel: PlanChannel, rank: int, broken_on: int | None = None) -> Any:
+    """Lengths of packs and which of them this rank has read; or the error, where one rank can't read one."""
+    data = Packs(broken=4 if rank == broken_on else None)
+    source = PackedSource(data, "packs", Unpacking(longest=64, positions_count=False, unlearned_count=False))
+    try:
+        found = source.sequences(range(2, 7), channel)
+    except FlexSPError as error:
+        return str(error)
+    return [found.lengths.tolist(), [[handle.sample, handle.start] for handle in found.handles], data.reads]
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -83,6 +97,8 @@ def main() -> None:
         "no plan": shared(channel, [5, 7, 9], FlexSPError("sequence 2 is too long")),
         "plan again": shared(channel, [5, 7, 9], plan),
         "batches": batches(channel, rank, longest=16),
+        "packs": packs(channel, rank),
+        "packs that stop": packs(channel, rank, broken_on=0),
         "batches that stop": batches(channel, rank, longest=41),
     }
     if rank == 1:
