@@ -1,10 +1,11 @@
-"""What FlexSP gains on this machine's CPU: four schedules, one model, the same documents, alternating in one run.
+"""What FlexSP gains on this machine's CPU: six schedules, one model, the same documents, alternating in one run.
 
     python benchmarks/cpu_throughput.py            # everything: both corpora, three settings
     python benchmarks/cpu_throughput.py --quick    # less of everything, to see that it works
 
 Eight ranks train a small GPT with Megatron. Every global batch is trained once under each schedule: static groups, the
-best single degree for the batch (batch-adaptive), lockstep as in the FlexSP paper, and nested. Two settings:
+best single degree for the batch (batch-adaptive), lockstep as in the FlexSP paper, and nested. Two more fit the same
+memory with fewer ranks: static groups that recompute all activations, and nested plans that recompute some. Settings:
 
 * loopback: the machine as it is;
 * two emulated hosts of four ranks each, joined by a slow link (Linux, root). Its rate is such that what the static
@@ -35,7 +36,8 @@ from benchmarks.harness.summary import Summary
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import CostModel
 
-SCHEDULES = ("static", "batch-adaptive", "lockstep", "nested")
+SCHEDULES = ("static", "batch-adaptive", "lockstep", "nested", "static-recompute", "nested-recompute")
+RECOMPUTE = "--flexsp-recompute"
 LINK_TO_COMPUTE = (1.1, 2.3)
 RANKS_PER_HOST = RANKS // 2
 PROFILE_SECONDS = 30
@@ -154,7 +156,7 @@ def profiled(corpus: Corpus, options: argparse.Namespace) -> CostModel:
     console.print(f"measuring a cost model: {corpus.title} ...")
     prefix, _ = corpus.prepare(options.output)
     path = options.output / f"{corpus.name}.cost_model.json"
-    job = [*training_arguments(prefix, corpus.documents_per_step, 2), *flexsp_arguments("nested")]
+    job = [*training_arguments(prefix, corpus.documents_per_step, 2), *flexsp_arguments("nested"), RECOMPUTE]
     profile = ("--flexsp-profile", str(path), "--flexsp-profile-seconds", str(PROFILE_SECONDS))
     log = options.output / f"{corpus.name}_profile.log"
     run_to_end(Host(RANKS), [*RUN, str(ROOT / "scripts" / "pretrain_gpt.py"), *job, *profile], log)
@@ -169,7 +171,7 @@ def measure(
     prefix, _ = corpus.prepare(options.output)
     name = f"{corpus.name}_{setting.name}"
     count = options.batches * len(SCHEDULES)
-    arguments = [*training_arguments(prefix, corpus.documents_per_step, count), *flexsp_arguments("nested")]
+    arguments = [*training_arguments(prefix, corpus.documents_per_step, count), *flexsp_arguments("nested"), RECOMPUTE]
     if loopback is not None:
         path = options.output / f"{name}.cost_model.json"
         path.write_text(setting.cost_model(loopback).to_json())
@@ -183,7 +185,7 @@ def measure(
             progress.update(task, description="training")
             for _ in range(count):
                 step = job.run_step()
-                progress.console.print(f"{step['schedule']:>14} {step['seconds']:7.2f} s | {step['tokens']:6,} tokens")
+                progress.console.print(f"{step['schedule']:>16} {step['seconds']:7.2f} s | {step['tokens']:6,} tokens")
                 progress.advance(task)
             job.finish()
         finally:
@@ -216,6 +218,7 @@ def figures(summaries: Summaries) -> dict[str, dict[str, float]]:
             "link_bytes": summary.link_bytes,
             "padding_share": summary.padding_share,
             "waited_share": summary.waited_share,
+            "recomputed_share": summary.recomputed_share,
             "planning_seconds": summary.planning_seconds,
         }
         for name, summary in summaries.items()
@@ -245,6 +248,7 @@ def tabulated(summaries: Summaries, corpus: Corpus, setting: Setting) -> Table:
     row("padding", lambda s: f"{s.padding_share:.2%}")
     row("waiting for plans and data", lambda s: f"{s.waited_share:.2%}")
     row("planning a step, beside training", lambda s: f"{s.planning_seconds * 1e3:.0f} ms")
+    row("tokens recomputed", lambda s: f"{s.recomputed_share:.0%}")
     row("micro-batches a step", lambda s: f"{s.micro_batches:.0f}")
     row(
         "tokens by ranks in their group",

@@ -52,6 +52,18 @@ class Summary:
         return {degree: count / self._tokens for degree, count in sorted(tokens.items()) if count}
 
     @property
+    def recomputed_share(self) -> float:
+        """The share of all tokens that ran in micro-batches that recompute their activations."""
+        tokens = sum(
+            step["lengths"][k]
+            for step in self._steps
+            for item in step["plan"]["micro_batches"]
+            if item.get("recomputed")
+            for k in item["sequences"]
+        )
+        return float(tokens / self._tokens)
+
+    @property
     def exchange_cpu_share(self) -> float:
         """The part of the ranks' processor time that all-to-all took."""
         return self._sum("exchange_cpu_seconds") / self._sum("cpu_seconds")

@@ -34,6 +34,9 @@ from megatron_flexsp.megatron.step_log import log_step
 from megatron_flexsp.planner import Plan, micro_batch_seconds, padding_share
 from megatron_flexsp.planner.service import PendingPlan, PlanningService, PlanRequest
 
+ALWAYS_RECOMPUTED = "static-recompute"
+"""Static groups whose every micro-batch recomputes, as under Megatron's --recompute-granularity full."""
+
 LONGEST_WAIT = timedelta(minutes=10)
 PRETRAIN_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_gpt.py"
 
@@ -92,14 +95,10 @@ class _MeteredWork:
 class AlternatingPlanner:
     """Plans batches, each time under the next schedule."""
 
-    def __init__(self, schedules: list[str], request: PlanRequest, static_degree: int) -> None:
+    def __init__(self, schedules: list[str], request: PlanRequest) -> None:
         self.request = request
         self._schedules = schedules
-        self._services = {}
-        for schedule in schedules:
-            options = {**request.options, "schedule": schedule}
-            options["static_degree"] = static_degree if schedule == "static" else None
-            self._services[schedule] = PlanningService(replace(request, options=options))
+        self._services = {schedule: PlanningService(request_for(schedule, request)) for schedule in schedules}
         self._submitted = 0
         self._outstanding: list[tuple[PlanningService, PendingPlan]] = []
 
@@ -113,7 +112,12 @@ class AlternatingPlanner:
     def result(self, pending: tuple[PlanningService, PendingPlan]) -> Plan:
         """The plan."""
         service, batch = pending
-        return service.result(batch)
+        plan = service.result(batch)
+        if service is not self._services.get(ALWAYS_RECOMPUTED):
+            return plan
+        return replace(
+            plan, micro_batches=tuple(replace(item, recomputed=not item.is_filler) for item in plan.micro_batches)
+        )
 
     def settle(self) -> None:
         """Wait for all plans that were asked for, so that planning takes nothing from the step to come."""
@@ -125,6 +129,26 @@ class AlternatingPlanner:
     def quick_plans(self) -> int:
         """Batches for which the planner was late."""
         return sum(service.quick_plans for service in self._services.values())
+
+
+def request_for(schedule: str, request: PlanRequest) -> PlanRequest:
+    """How batches are planned under one of the schedules. ``request`` may recompute; those without the ending don't."""
+    name = schedule.removesuffix("-recompute")
+    recomputed_capacity = request.recomputed_token_capacity
+    if schedule == ALWAYS_RECOMPUTED:
+        assert recomputed_capacity is not None
+        costs = request.cost_model.always_recomputed()
+        request = replace(request, cost_model=costs, token_capacity=recomputed_capacity)
+    static_degree = None
+    if name == "static":
+        longest = get_args().seq_length
+        degrees = request.options["degrees"]
+        static_degree = next(degree for degree in degrees if degree * request.token_capacity >= longest)
+    return replace(
+        request,
+        recomputed_token_capacity=recomputed_capacity if schedule == "nested-recompute" else None,
+        options={**request.options, "schedule": name, "static_degree": static_degree},
+    )
 
 
 def schedule_at(step: int, schedules: list[str]) -> str:
@@ -142,7 +166,6 @@ class MeasuredSteps:
         self._meter = meter
         self._batches: list[tuple[Context, PlannedBatch]] = []
         self._planner: AlternatingPlanner | None = None
-        self._static_degree = 1
         self._profiled_step: int | None = instructions["profiled_step"]
         self._trace: str = instructions["trace"]
         self._profile: torch.profiler.profile | None = None
@@ -159,17 +182,8 @@ class MeasuredSteps:
 
     def make_planner(self, request: PlanRequest) -> AlternatingPlanner:
         """Takes the place of the plugin's planning service."""
-        self._planner = AlternatingPlanner(self._schedules, request, self._static_degree)
+        self._planner = AlternatingPlanner(self._schedules, request)
         return self._planner
-
-    def wrap_plan_request(self, plan_request: Callable[..., PlanRequest]) -> Callable[..., PlanRequest]:
-        """``plan_request``, from whose arguments a static schedule's degree is taken."""
-
-        def noted(settings: Any, cost_model: Any, capacity: int, narrowest: int) -> PlanRequest:
-            self._static_degree = narrowest
-            return plan_request(settings, cost_model, capacity, narrowest)
-
-        return noted
 
     def repeat_batches(self, batches_from: Callable[..., Iterator[range]]) -> Callable[..., Iterator[range]]:
         """``batches_from`` that yields every batch once for each schedule."""
@@ -281,7 +295,6 @@ def main() -> None:
     dist.all_to_all_single = meter  # type: ignore[assignment]
     steps = MeasuredSteps(instructions, meter)
     if instructions["schedules"]:
-        flexsp_context.plan_request = steps.wrap_plan_request(flexsp_context.plan_request)
         flexsp_context.PlanningService = steps.make_planner  # type: ignore[assignment,misc]
         flexsp_training.batches_from = steps.repeat_batches(flexsp_training.batches_from)
     flexsp_training.log_step = steps.note_batch

@@ -177,8 +177,8 @@ def recomputed_token_capacity(settings: Settings, cost_model: CostModel, token_c
     if capacity is None and cost_model.recomputed_activation_bytes_per_token == 0:
         raise FlexSPError(
             "--flexsp-recompute: what a rank holds of a micro-batch that recomputes is not known. Give "
-            "--flexsp-max-recomputed-tokens-per-rank, what fits under --recompute-granularity full, or a "
-            "--flexsp-cost-model with recomputed_activation_bytes_per_token"
+            "--flexsp-max-recomputed-tokens-per-rank, what fits under --recompute-granularity full, or measure the "
+            "--flexsp-cost-model again with --flexsp-recompute"
         )
     if capacity is None and settings.max_tokens_per_rank is not None:
         capacity = scaled_capacity(cost_model, settings.max_tokens_per_rank)

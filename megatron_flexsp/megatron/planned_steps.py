@@ -49,16 +49,25 @@ class PlannedSteps:
         The training data, and what reads this rank's slices of it.
     tokens_per_rank
         Tokens that a rank can hold in one micro-batch.
+    recomputed_tokens_per_rank
+        The same where activations are recomputed; None: nowhere.
     """
 
     def __init__(
-        self, runner: StepRunner, context: Context, source: SequenceSource, reader: SliceReader, tokens_per_rank: int
+        self,
+        runner: StepRunner,
+        context: Context,
+        source: SequenceSource,
+        reader: SliceReader,
+        tokens_per_rank: int,
+        recomputed_tokens_per_rank: int | None,
     ) -> None:
         self._runner = runner
         self._context = context
         self._source = source
         self._reader = reader
         self._capacity = tokens_per_rank
+        self._recomputed_capacity = recomputed_tokens_per_rank
 
     def plan(self, cost_model: CostModel | None) -> list[PlannedBatch]:
         """Batches of the training data, planned. Collective.
@@ -84,6 +93,7 @@ class PlannedSteps:
             {
                 "degrees": sorted({item.degree for item in batch.plan.micro_batches if not item.is_filler}),
                 "micro_batches": len(batch.plan.micro_batches),
+                "recomputed": sum(item.recomputed for item in batch.plan.micro_batches),
                 "tokens": int(batch.lengths.sum()),
                 "predicted_seconds": cost_model.step_overhead_seconds
                 + step_seconds(batch.plan, batch.lengths, cost_model, pipeline_stages=stages),
@@ -100,9 +110,15 @@ class PlannedSteps:
         if cost_model is None:
             return None
         request = self._context.request
-        options = {**request.options, "degrees": degrees}
+        measured = replace(
+            request,
+            cost_model=cost_model,
+            token_capacity=self._capacity,
+            recomputed_token_capacity=self._recomputed_capacity,
+            options={**request.options, "degrees": degrees},
+        )
         try:
-            return replace(request, cost_model=cost_model, token_capacity=self._capacity, options=options).make(lengths)
+            return measured.make(lengths)
         except FlexSPError as error:
             return error
 
@@ -122,7 +138,8 @@ class PlannedSteps:
         for allowed in choices[:1] if static else choices:
             found = self._source.sequences([(begin + k) % total for k in range(size)], self._context.channel)
             begin += size
-            room = allowed[-1] * (self._capacity // settings.slice_multiple) * settings.slice_multiple
+            most = self._recomputed_capacity or self._capacity
+            room = allowed[-1] * (most // settings.slice_multiple) * settings.slice_multiple
             fitting = found.chosen(found.lengths <= room)
             if len(fitting.lengths):
                 yield allowed, fitting

@@ -137,14 +137,20 @@ class _Measurement:
     def _take(self, signals: EndsAtOnce) -> None:
         with StagesShown(self._writes, print_rank_0) as show:
             measured = self._measure_memory(show)
-            memory = self._memory_constants(measured)
+            recomputed = self._measure_memory(show, recomputed=True) if self._settings.recompute else []
+            memory = self._memory_constants(measured, recomputed)
             tokens_per_rank = self._tokens_per_rank(memory)
             self._planned_steps = PlannedSteps(
-                self._runner, self._context, self._source, self._reader(self._source), self._capacity
+                self._runner,
+                self._context,
+                self._source,
+                self._reader(self._source),
+                self._capacity,
+                self._recomputed_tokens_per_rank(memory),
             )
             exchanges = self._measure_exchanges(tokens_per_rank, show)
             points = self._points(tokens_per_rank)
-            fit_to = functools.partial(self._fit, memory, measured, exchanges, points)
+            fit_to = functools.partial(self._fit, memory, measured, recomputed, exchanges, points)
             seconds, planned, taken = self._measure_steps(points, fit_to, show)
         cost_model = fit_to(seconds)
         if cost_model is not None:
@@ -155,18 +161,20 @@ class _Measurement:
                 self._has_written = True
             print_result(self._path, cost_model, checks)
 
-    def _measure_memory(self, show: Show) -> list[tuple[int, MeasuredBytes]]:
+    def _measure_memory(self, show: Show, recomputed: bool = False) -> list[tuple[int, MeasuredBytes]]:
         """Bytes of steps of two sizes with as many micro-batches as the pipeline holds at once."""
         settings = self._settings
         rounds = -(-settings.micro_batches_in_flight // settings.count_multiple) * settings.count_multiple
         measured = []
         for share in (0.25, 0.5, 0.5):  # the first is a warm-up too: what libraries allocate once is not a token's
             tokens = self._rounded(self._useful_tokens() * share)
-            point = Point(1, (min(tokens, self._longest),) * max(1, tokens // self._longest), rounds)
+            pack = (min(tokens, self._longest),) * max(1, tokens // self._longest)
+            point = Point(1, pack, rounds, recomputed)
             batch = self._batch(point)
             self._runner.bytes(batch)
             measured.append((point.tokens, self._runner.bytes(batch)))
-            show("memory", len(measured) / 3)
+            done = len(measured) + (3 if recomputed else 0)
+            show("memory", done / (6 if settings.recompute else 3))
         return [measured[0], measured[2]]
 
     def _rounded(self, tokens: float) -> int:
@@ -179,9 +187,11 @@ class _Measurement:
         plan, lengths = plan_of(point, settings.domain_size, settings.in_rounds)
         return self._runner.batch(plan, Sequences(lengths, range(len(lengths))), self._text)
 
-    def _memory_constants(self, measured: list[tuple[int, MeasuredBytes]]) -> MemoryConstants:
+    def _memory_constants(
+        self, measured: list[tuple[int, MeasuredBytes]], recomputed: list[tuple[int, MeasuredBytes]]
+    ) -> MemoryConstants:
         in_flight, given = self._settings.micro_batches_in_flight, self._context.token_capacity
-        return memory_constants(measured, in_flight, given, self._context.hosts)
+        return memory_constants(measured, in_flight, given, self._context.hosts, recomputed)
 
     def _tokens_per_rank(self, memory: MemoryConstants) -> int:
         """How full the fullest measured micro-batch is, once it is known what memory holds."""
@@ -195,6 +205,13 @@ class _Measurement:
                     "the model over more ranks or recompute activations"
                 )
         return self._rounded(self._useful_tokens())
+
+    def _recomputed_tokens_per_rank(self, memory: MemoryConstants) -> int | None:
+        """The same of a micro-batch that recomputes its activations; None where none may."""
+        if not self._settings.recompute:
+            return None
+        given = self._settings.max_recomputed_tokens_per_rank
+        return given or int(self._capacity * memory.per_token / memory.recomputed_per_token)
 
     def _useful_tokens(self) -> float:
         """What memory holds, but no more than a plan would give one micro-batch of a rank."""
@@ -225,6 +242,7 @@ class _Measurement:
             self._longest,
             settings.count_multiple,
             settings.pipeline_stages,
+            settings.recompute,
         )
 
     def _measure_steps(
@@ -236,7 +254,7 @@ class _Measurement:
         """
         batches = [self._batch(point) for point in points]
         # Kernels are chosen and memory is found: not what steps cost later. A CPU has nothing to choose.
-        fullest = {point.degree: number for number, point in reversed(list(enumerate(points)))}
+        fullest = {(point.degree, point.recomputed): number for number, point in reversed(list(enumerate(points)))}
         for done, number in enumerate(fullest.values() if on_cpu() else range(len(points))):
             self._runner.seconds(batches[number])
             show("warm-up", (done + 1) / len(points))
@@ -263,6 +281,7 @@ class _Measurement:
         self,
         memory: MemoryConstants,
         measured: list[tuple[int, MeasuredBytes]],
+        recomputed: list[tuple[int, MeasuredBytes]],
         exchanges: list[dict[str, Any]],
         points: list[Point],
         seconds: list[list[float]],
@@ -274,7 +293,7 @@ class _Measurement:
         further = self._settings.pipeline_stages - 1
         samples = [
             [
-                Sample(point.degree, point.tokens, point.tokens_squared, point.rounds, taken, further)
+                Sample(point.degree, point.tokens, point.tokens_squared, point.rounds, taken, further, point.recomputed)
                 for taken in repeats
             ]
             for point, repeats in zip(points, seconds, strict=True)
@@ -301,6 +320,8 @@ class _Measurement:
             exchange_latency_seconds=dict(constants.latency),
             step_overhead_seconds=constants.step,
             pipeline_fill_share=constants.fill_share,
+            recomputed_activation_bytes_per_token=memory.recomputed_per_token,
+            recompute_share=constants.recompute_share,
             note=f"measured on {describe_machine()['device']}, R^2 {found.r_squared:.4f}",
             measurement={
                 **describe_machine(),
@@ -313,8 +334,9 @@ class _Measurement:
                 ],
                 "exchanges": exchanges,
                 "memory": [
-                    {"tokens": tokens, "state_bytes": x.state, "activation_bytes": x.activations}
-                    for tokens, x in measured
+                    {"tokens": tokens, "state_bytes": x.state, "activation_bytes": x.activations, "recomputed": again}
+                    for again, pairs in ((False, measured), (True, recomputed))
+                    for tokens, x in pairs
                 ],
             },
         )

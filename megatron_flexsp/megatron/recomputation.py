@@ -43,8 +43,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"{_FLAG}: {reason}, and in rounds all ranks must do the same, in backward passes too. Take {_FLAG} out; "
             "--recompute-granularity full recomputes everything"
         )
-    if args.flexsp_profile is not None:
-        raise FlexSPError(f"--flexsp-profile measures no micro-batches that recompute: take {_FLAG} out while it does")
     if least is not None and most is not None and most < least:
         raise FlexSPError(
             f"{_CAPACITY_FLAG} {most} is less than --flexsp-max-tokens-per-rank {least}: a rank that recomputes "

@@ -23,7 +23,7 @@ from megatron_flexsp.errors import FlexSPError
 
 SCHEMA = "flexsp.cost_model/1"
 
-_EXCHANGED_AGAIN = 0.5
+EXCHANGED_AGAIN = 0.5
 """Of its exchanges, the forward's half, what a recomputed micro-batch repeats."""
 
 
@@ -219,7 +219,7 @@ class CostModel:
             return np.asarray(compute)
         exchange = self.exchange_bytes_per_token * tokens / (degree * self._bandwidth(degree))
         if recomputed:
-            exchange = exchange * (1 + _EXCHANGED_AGAIN)
+            exchange = exchange * (1 + EXCHANGED_AGAIN)
         return np.asarray(compute / degree + exchange)
 
     def stages_counted(self, pipeline_stages: int) -> float:
@@ -233,7 +233,7 @@ class CostModel:
     def recomputing_seconds(self, degree: int) -> float:
         """What a micro-batch of this degree that recomputes costs on top of overhead and latency, sequences apart."""
         again = self.recompute_share * self.micro_batch_overhead_seconds
-        return again + _EXCHANGED_AGAIN * self.latency_seconds(degree)
+        return again + EXCHANGED_AGAIN * self.latency_seconds(degree)
 
     def micro_batch_seconds(self, lengths: ArrayLike, degree: int, *, recomputed: bool = False) -> float:
         """Seconds of one micro-batch that holds these sequences on a group of this degree.
@@ -247,7 +247,7 @@ class CostModel:
 
     def always_recomputed(self) -> "CostModel":
         """The costs of a run that recomputes every micro-batch, with the token capacity that it has."""
-        compute, exchange = 1 + self.recompute_share, 1 + _EXCHANGED_AGAIN
+        compute, exchange = 1 + self.recompute_share, 1 + EXCHANGED_AGAIN
         bandwidth, latency = self.exchange_bandwidth_bytes_per_second, self.exchange_latency_seconds
         return replace(
             self,

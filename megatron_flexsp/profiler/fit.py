@@ -5,6 +5,7 @@ each relative to the median of its kind, no constant negative. A run that someth
 however large, and the fit passes it by as a median would.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.planner.cost_model import EXCHANGED_AGAIN, CostModel
 from megatron_flexsp.planner.linear_program import LinearProgram
 
 _LEAST_SHARE_OF_LINEAR = 1e-3
@@ -38,6 +40,9 @@ class Sample:
     further_stages: int = 0
     """Pipeline stages beside one: the step counts a share of a micro-batch's seconds for each, as fill and drain."""
 
+    recomputed: bool = False
+    """Whether its micro-batches recompute their activations."""
+
     def times(self, fill_share: float) -> float:
         """How often a micro-batch's seconds count in the step's."""
         return self.rounds + fill_share * self.further_stages
@@ -62,20 +67,31 @@ class Constants:
     fill_share: float = 1.0
     """What a further stage of a pipeline adds to a step, in micro-batches."""
 
+    recompute_share: float = CostModel.recompute_share
+    """What recomputing adds to a micro-batch, its exchanges aside."""
+
     def seconds(self, sample: Sample) -> float:
         """What they predict for a step; ``sample.seconds`` is not read."""
+        compute, exchange = self.parts(sample)
+        if sample.recomputed:
+            compute, exchange = compute * (1 + self.recompute_share), exchange * (1 + EXCHANGED_AGAIN)
+        return self.step + compute + exchange
+
+    def parts(self, sample: Sample) -> tuple[float, float]:
+        """Seconds of a step's micro-batches if nothing is recomputed: their compute and overhead, their exchanges."""
         work = self.token_squared * sample.tokens_squared + self.token * sample.tokens
-        micro_batch = self.micro_batch + work / sample.degree
+        times, exchange = sample.times(self.fill_share), 0.0
         if sample.degree > 1:
-            exchanged = self.exchanged_token[sample.degree] * sample.tokens / sample.degree
-            micro_batch += self.latency[sample.degree] + exchanged
-        return self.step + sample.times(self.fill_share) * micro_batch
+            exchange = self.exchanged_token[sample.degree] * sample.tokens / sample.degree
+            exchange += self.latency[sample.degree]
+        return times * (self.micro_batch + work / sample.degree), times * exchange
 
 
 def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = None) -> Constants:
     """The constants that explain the samples best.
 
-    The share of a pipeline's further stages multiplies the other constants, so it is found by trying some.
+    The share of a pipeline's further stages multiplies the other constants, so it is found by trying some. That of
+    recomputing does too, and is found last, from the samples that recompute, which say nothing of the rest.
 
     Parameters
     ----------
@@ -89,9 +105,11 @@ def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = 
     FlexSPError
         If the samples are too few to tell the constants apart, or a time is not positive.
     """
-    seconds = np.array([sample.seconds for sample in samples])
-    if not (np.isfinite(seconds) & (seconds > 0)).all():
+    if not all(math.isfinite(sample.seconds) and sample.seconds > 0 for sample in samples):
         raise FlexSPError("a measured step took no time or no finite time: the clock can't be trusted")
+    recomputed = [sample for sample in samples if sample.recomputed]
+    samples = [sample for sample in samples if not sample.recomputed]
+    seconds = np.array([sample.seconds for sample in samples])
     shares = _FILL_SHARES if any(sample.further_stages for sample in samples) else (1.0,)
     # Not by each one's own: of equal deviations those of fast runs would then weigh more than those of slow ones.
     medians = np.empty(len(samples))
@@ -103,7 +121,21 @@ def fit(samples: Sequence[Sample], least_exchange: Mapping[int, float] | None = 
         return float((np.abs(predicted - seconds) / medians).sum())
 
     fits = [_fit_with(samples, seconds, medians, least_exchange or {}, share) for share in shares]
-    return min(fits, key=deviation)
+    best = min(fits, key=deviation)
+    return replace(best, recompute_share=_recompute_share(best, recomputed)) if recomputed else best
+
+
+def _recompute_share(constants: Constants, samples: Sequence[Sample]) -> float:
+    """The share of least absolute deviations: a median of what each sample says, weighted by how much that counts."""
+    shares, weights = [], []
+    for sample in samples:
+        compute, exchange = constants.parts(sample)
+        rest = sample.seconds - constants.step - (1 + EXCHANGED_AGAIN) * exchange
+        shares.append(max(0.0, rest / compute - 1))
+        weights.append(compute / sample.seconds)
+    order = np.argsort(shares)
+    reached = np.cumsum(np.array(weights)[order])
+    return shares[int(order[np.searchsorted(reached, reached[-1] / 2)])]
 
 
 def _kinds(samples: Sequence[Sample]) -> list[list[int]]:

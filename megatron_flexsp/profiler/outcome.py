@@ -42,6 +42,7 @@ def point_record(point: Point, repeats: Sequence[Sample], constants: Constants) 
     return {
         "degree": point.degree,
         "rounds": point.rounds,
+        "recomputed": point.recomputed,
         "sequences": len(point.lengths),
         "tokens": point.tokens,
         "tokens_squared": point.tokens_squared,

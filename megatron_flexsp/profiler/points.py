@@ -30,6 +30,11 @@ class _Kind:
     narrowest_alone: bool = False
     """Whether it says nothing of wider groups that the others don't."""
 
+    recomputed: bool = False
+
+
+_RECOMPUTED = _Kind(1.0, False, 1, recomputed=True)
+"""Of the narrowest and the widest degree. It differs from the first of the others in this alone."""
 
 _KINDS = (
     _Kind(1.0, False, 1),
@@ -54,6 +59,9 @@ class Point:
     rounds: int
     """Micro-batches that each rank runs."""
 
+    recomputed: bool = False
+    """Whether they recompute their activations."""
+
     @property
     def tokens(self) -> int:
         """Tokens of one pack."""
@@ -72,6 +80,7 @@ def choose_points(
     longest: int,
     count_multiple: int = 1,
     pipeline_stages: int = 1,
+    recomputes: bool = False,
 ) -> list[Point]:
     """Points that tell the cost model's constants apart, in the range that the job's plans will use.
 
@@ -89,17 +98,20 @@ def choose_points(
         What a rank's micro-batch count must divide by.
     pipeline_stages
         Stages that every micro-batch passes: most steps keep all of them busy, as a job's own do.
+    recomputes
+        Whether the job's plans may recompute micro-batches.
     """
     filling = -(-pipeline_stages // count_multiple) * count_multiple
     lengths = lengths[lengths <= longest]
     points = []
     for degree in degrees:
-        for kind in _KINDS:
+        for kind in (*_KINDS, _RECOMPUTED) if recomputes and degree in (degrees[0], degrees[-1]) else _KINDS:
             if kind.narrowest_alone and degree != degrees[0]:
                 continue
             tokens = max(1, int(tokens_per_rank * kind.share)) * degree
             pack = _like_the_data(tokens, lengths, longest) if kind.is_like_data else _one_long(tokens, longest)
-            points.append(Point(degree, pack, kind.rounds * (filling if kind.fills_pipeline else count_multiple)))
+            rounds = kind.rounds * (filling if kind.fills_pipeline else count_multiple)
+            points.append(Point(degree, pack, rounds, kind.recomputed))
     return points
 
 
@@ -136,7 +148,7 @@ def plan_of(point: Point, domain_size: int, in_rounds: bool = False) -> tuple[Pl
     def add(first_rank: int, degree: int, pack: Iterable[int]) -> None:
         begin = len(lengths)
         lengths.extend(pack)
-        items.append(MicroBatch(first_rank, degree, tuple(range(begin, len(lengths)))))
+        items.append(MicroBatch(first_rank, degree, tuple(range(begin, len(lengths))), point.recomputed))
 
     for _ in range(point.rounds):
         for start in starts:

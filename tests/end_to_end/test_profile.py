@@ -18,7 +18,8 @@ MOCK = ("--mock-data", "--flexsp-mock-lengths", "lognormal:mean=16,sigma=1,min=2
 
 def test_a_job_measures_itself(torchrun: Callable, tmp_path: Path) -> None:
     path = tmp_path / "costs.json"
-    job = (*JOB, *LLAMA, *MOCK, "--flexsp-max-tokens-per-rank", "24", "--save", str(tmp_path / "saved"))
+    job = (*JOB, *LLAMA, *MOCK, "--flexsp-recompute", "--save", str(tmp_path / "saved"))
+    job += ("--flexsp-max-tokens-per-rank", "24")
     done = torchrun(
         2, *LAUNCHER, SCRIPT, *job, "--flexsp-profile", str(path), "--flexsp-profile-seconds", "0", "--lr", "1e3"
     )
@@ -32,8 +33,13 @@ def test_a_job_measures_itself(torchrun: Callable, tmp_path: Path) -> None:
     assert cost_model.step_overhead_seconds >= 0
     # 4 layers of width 32 in fp32 keep well over ten vectors of that width for each token.
     assert 4 * 10 * 32 * 4 < cost_model.activation_bytes_per_token < 4 * 200 * 32 * 4
+    # Where they are recomputed, each keeps one of them, and the last one's others and the logits are there at the end.
+    assert cost_model.recomputed_activation_bytes_per_token < cost_model.activation_bytes_per_token / 2
+    assert 0 <= cost_model.recompute_share < 3
     record = json.loads(path.read_text())["measurement"]
-    assert {point["degree"] for point in record["points"]} == {1, 2}
+    assert {(point["degree"], point["recomputed"]) for point in record["points"]} == {
+        (degree, recomputed) for degree in (1, 2) for recomputed in (False, True)
+    }
     assert len(record["check"]) >= 4
     assert record["job"]["num_layers"] == 4
     assert {"date", "device", "network", "versions", "fit", "exchanges", "memory"} <= record.keys()
@@ -41,11 +47,11 @@ def test_a_job_measures_itself(torchrun: Callable, tmp_path: Path) -> None:
     made = plan([40, 30, 20, 10, 5, 5], cost_model, 2)
     made.validate([40, 30, 20, 10, 5, 5], 24)
 
-    trained = torchrun(
-        2, *LAUNCHER, SCRIPT, *JOB, *LLAMA, *MOCK, "--flexsp", "--flexsp-cost-model", str(path), "--train-iters", "2"
-    )
+    job = (*JOB, *LLAMA, *MOCK, "--flexsp", "--flexsp-cost-model", str(path), "--flexsp-recompute")
+    trained = torchrun(2, *LAUNCHER, SCRIPT, *job, "--train-iters", "2")
     assert "cost model: measured on" in trained.stdout
-    assert "24 tokens a rank" in trained.stdout
+    capacity = cost_model.recomputed_token_capacity
+    assert f"24 tokens a rank and micro-batch, {capacity:,} where activations are recomputed" in trained.stdout
     assert "iteration        2/       2" in trained.stdout
 
 

@@ -54,6 +54,21 @@ def test_noisy_seconds_are_predicted_within_a_few_per_cent() -> None:
     assert min(everything(found)) >= 0
 
 
+def test_what_recomputing_adds_is_found_and_changes_nothing_else() -> None:
+    true, generator = replace(CONSTANTS, recompute_share=0.28), np.random.default_rng(6)
+    measured = []
+    for point in choose_points((1, 2, 4, 8), 512, LENGTHS, longest=4096, recomputes=True):
+        for _ in range(5):
+            kind = (point.degree, point.tokens, point.tokens_squared, point.rounds)
+            sample = Sample(*kind, math.nan, recomputed=point.recomputed)
+            seconds = true.seconds(sample) * (2 if generator.random() < 0.1 else 1)
+            measured.append(replace(sample, seconds=seconds))
+    found = fit(measured)
+    assert {sample.degree for sample in measured if sample.recomputed} == {1, 8}
+    assert found.recompute_share == pytest.approx(0.28, rel=1e-3)
+    assert everything(found) == pytest.approx(everything(CONSTANTS), rel=1e-4)
+
+
 def test_an_exchange_costs_no_less_than_it_is_known_to() -> None:
     found = fit(samples(repeats=1, spread=0.0, disturbed=0.0), least_exchange={8: 5e-5})
     assert found.exchanged_token[8] >= 5e-5
