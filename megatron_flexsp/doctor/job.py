@@ -174,8 +174,8 @@ def _mend(args: argparse.Namespace) -> None:
 def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, None, arguments.Settings | None]:
     """FlexSP's settings after Megatron's own validation; None where either refuses."""
     try:
-        if arguments.settings_from_args(args).recompute:
-            recomputation.check_release(args)
+        arguments.settings_from_args(args)
+        recomputation.check_release(args)
     except FlexSPError as problem:
         yield error("shape", str(problem), "correct it: FlexSP refuses to start")
         return None

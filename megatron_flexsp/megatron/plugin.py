@@ -98,8 +98,7 @@ def training_seams(profiles: bool) -> list[Seam]:
             args.moe_token_dispatcher_type = experts.token_dispatcher(args)
             args.dataloader_type = "external"  # our iterators are handed through as they are
             settings = arguments.settings_from_args(args)
-            if settings.recompute:
-                recomputation.check_release(args)
+            recomputation.check_release(args)
             if settings.cost_model is not None:
                 check_same_job(args, settings.cost_model, settings.domain_size)
             run.configure(settings)

@@ -51,13 +51,21 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_release(args: argparse.Namespace) -> None:
-    """Refuse a Megatron whose layers can't be told in each forward pass.
+    """Refuse a Megatron whose layers can't recompute as the job asks.
 
     Raises
     ------
     FlexSPError
         Names what is otherwise than expected.
     """
+    if args.flexsp_recompute:
+        _check_that_passes_are_asked(args)
+    if args.mtp_num_layers and (args.flexsp_recompute or args.recompute_granularity == "full"):
+        _check_further_tokens(args)
+
+
+def _check_that_passes_are_asked(args: argparse.Namespace) -> None:
+    """Each forward pass must ask whether it is to be recomputed."""
     from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
     from megatron.core.transformer.transformer_block import TransformerBlock
 
@@ -67,15 +75,25 @@ def check_release(args: argparse.Namespace) -> None:
                 f"{_FLAG}: this Megatron's {kind.__name__} doesn't decide in each forward pass whether it recomputes. "
                 "Take the flag out"
             )
-    if args.mtp_num_layers:
-        given = inspect.signature(MultiTokenPredictionLayer.forward).parameters
-        taken = inspect.signature(MultiTokenPredictionLayer._checkpointed_forward).parameters
-        # 0.17 hands the pack to a checkpoint that takes tensors alone, 0.18 the padding to one that doesn't take it.
-        if {"packed_seq_params", *({"padding_mask"} & given.keys())} - taken.keys():
-            raise FlexSPError(
-                f"{_FLAG} with --mtp-num-layers: this Megatron can't recompute further tokens; 0.19 can. Take one of "
-                "the two out"
-            )
+
+
+def _check_further_tokens(args: argparse.Namespace) -> None:
+    """A layer that predicts further tokens must hand all that it has to what recomputes it."""
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+    given = inspect.signature(MultiTokenPredictionLayer.forward).parameters
+    taken = inspect.signature(MultiTokenPredictionLayer._checkpointed_forward).parameters
+    # 0.18 hands the padding to what doesn't take it, and fails without FlexSP too. 0.17 hands the pack to a checkpoint
+    # that takes tensors alone; by blocks it leaves these layers as they are.
+    lost = {"padding_mask"} & given.keys()
+    if args.flexsp_recompute or args.recompute_method != "block":
+        lost |= {"packed_seq_params"}
+    if lost - taken.keys():
+        flag = _FLAG if args.flexsp_recompute else "--recompute-granularity full"
+        raise FlexSPError(
+            f"{flag} with --mtp-num-layers: this Megatron can't recompute further tokens; 0.19 can. Take one of the "
+            "two out"
+        )
 
 
 def scaled_capacity(cost_model: CostModel, token_capacity: int) -> int | None:

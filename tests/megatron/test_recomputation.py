@@ -32,6 +32,12 @@ COST_MODEL = CostModel(
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
+def recomputing(**given: Any) -> Namespace:
+    """Arguments of a job with ``--flexsp-recompute``."""
+    values = {"flexsp_recompute": True, "mtp_num_layers": None, "recompute_granularity": None, "recompute_method": None}
+    return Namespace(**{**values, **given})
+
+
 class TestFlags:
     def test_an_ordinary_job_is_taken(self, parse: Parse) -> None:
         args = parse(
@@ -156,10 +162,11 @@ class TestMegatron:
     def test_a_block_that_decides_elsewhere_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from megatron.core.transformer.transformer_block import TransformerBlock
 
-        check_release(Namespace(mtp_num_layers=1))
+        check_release(recomputing(mtp_num_layers=1))
         monkeypatch.setattr(TransformerBlock, "forward", lambda self: None)
         with pytest.raises(FlexSPError, match="TransformerBlock doesn't decide in each forward pass"):
-            check_release(Namespace(mtp_num_layers=None))
+            check_release(recomputing())
+        check_release(recomputing(flexsp_recompute=False))
 
     def test_further_tokens_that_can_not_be_recomputed_are_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
@@ -168,8 +175,18 @@ class TestMegatron:
 
         def of_0_18(self: Any, hidden_states: Any, packed_seq_params: Any) -> None: ...
 
+        everything = {"flexsp_recompute": False, "recompute_granularity": "full", "recompute_method": "uniform"}
         for checkpointed_forward in (of_0_17, of_0_18):
             monkeypatch.setattr(MultiTokenPredictionLayer, "_checkpointed_forward", checkpointed_forward)
-            check_release(Namespace(mtp_num_layers=None))
-            with pytest.raises(FlexSPError, match="can't recompute further tokens"):
-                check_release(Namespace(mtp_num_layers=1))
+            check_release(recomputing())
+            check_release(recomputing(flexsp_recompute=False, mtp_num_layers=1))
+            with pytest.raises(FlexSPError, match=r"--flexsp-recompute .* can't recompute further tokens"):
+                check_release(recomputing(mtp_num_layers=1))
+            with pytest.raises(FlexSPError, match=r"--recompute-granularity full .* can't recompute further tokens"):
+                check_release(recomputing(mtp_num_layers=1, **everything))
+        everything["recompute_method"] = "block"
+        with pytest.raises(FlexSPError, match=r"--recompute-granularity full .* can't recompute further tokens"):
+            check_release(recomputing(mtp_num_layers=1, **everything))
+        monkeypatch.setattr(MultiTokenPredictionLayer, "_checkpointed_forward", of_0_17)
+        monkeypatch.setattr(MultiTokenPredictionLayer, "forward", lambda self, hidden_states, packed_seq_params: None)
+        check_release(recomputing(mtp_num_layers=1, **everything))
