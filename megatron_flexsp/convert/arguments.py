@@ -143,6 +143,11 @@ KNOWN = {
     "--moe-flex-dispatcher-backend": _Known("moe_flex_dispatcher_backend", "str", "deepep"),
     "--recompute-granularity": _Known("recompute_granularity", "str"),
     "--recompute-modules": _Known("recompute_modules", "list"),
+    "--moe-layer-recompute": _Known("moe_layer_recompute"),
+    "--cpu-offloading-num-layers": _Known("cpu_offloading_num_layers", "int", 0),
+    "--distribute-saved-activations": _Known("distribute_saved_activations"),
+    "--flexsp-recompute": _Known("flexsp_recompute"),
+    "--flexsp-schedule": _Known("flexsp_schedule", "str", "auto"),
     "--moe-expert-capacity-factor": _Known("moe_expert_capacity_factor", "float"),
     "--moe-expert-rank-capacity-factor": _Known("moe_expert_rank_capacity_factor", "float"),
     "--moe-input-jitter-eps": _Known("moe_input_jitter_eps", "float"),
@@ -150,6 +155,8 @@ KNOWN = {
     "--overlap-moe-expert-parallel-comm": _Known("overlap_moe_expert_parallel_comm"),
     "--moe-hybridep-pad-uneven-dispatch-inputs": _Known("moe_hybridep_pad_uneven_dispatch_inputs"),
     "--tensor-model-parallel-size": _Known("tensor_model_parallel_size", "int", 1),
+    "--expert-model-parallel-size": _Known("expert_model_parallel_size", "int", 1),
+    "--expert-tensor-parallel-size": _Known("expert_tensor_parallel_size", "int"),
     "--pipeline-model-parallel-size": _Known("pipeline_model_parallel_size", "int", 1),
     "--sequence-parallel": _Known("sequence_parallel"),
     "--num-attention-heads": _Known("num_attention_heads", "int"),
@@ -163,6 +170,7 @@ _MORE_LISTS = frozenset({"--cp-comm-type", "--hierarchical-context-parallel-size
 _MORE_SINGLE = frozenset({
     "--max-seqlen-per-dp-cp-rank", "--global-batch-size", "--eval-global-batch-size", "--train-samples",
     "--lr-decay-samples", "--lr-warmup-samples", "--seq-length", "--train-iters",
+    "--recompute-method", "--recompute-num-layers", "--flexsp-max-tokens-per-rank",
 })  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from megatron_flexsp.compatibility import Refusal, refusals
 from megatron_flexsp.convert import batch_size
 from megatron_flexsp.convert.arguments import Job, Value, namespace
 from megatron_flexsp.convert.changes import Add, Change, Formula, Launch, Remove, SetValue
+from megatron_flexsp.megatron.recomputation import in_place_of_full
 from megatron_flexsp.planner import legal_degrees
 
 OTHER_MODELS = frozenset({
@@ -51,7 +52,7 @@ _GONE = frozenset({
 })  # fmt: skip
 """Flags of old scripts with which no Megatron that FlexSP works with starts."""
 
-_CAPACITY = "--flexsp-max-tokens-per-rank"
+_CAPACITY, _RECOMPUTED_CAPACITY = "--flexsp-max-tokens-per-rank", "--flexsp-max-recomputed-tokens-per-rank"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def decide(job: Job, wishes: Wishes) -> Decision:
     if new:
         batch_size.keep_tokens(job, wishes.mean_of(job), decision.changes, decision.notes)
         _note(job, decision)
+        _note_recomputation(job, capacity, decision)
     return decision
 
 
@@ -303,3 +305,25 @@ def _note(job: Job, decision: Decision) -> None:
         )
     if job.last("--load") is not None:
         notes.append("a checkpoint of a run without FlexSP goes on; its consumed samples then count documents")
+
+
+def _note_recomputation(job: Job, capacity: Formula | None, decision: Decision) -> None:
+    """What could take the place of recomputing everything, which stays: memory use is what it was."""
+    full = job.last("--recompute-granularity")
+    args = namespace(argument for argument in job.arguments if argument.likely)
+    if full is None or in_place_of_full(args) is None:
+        return
+    sizes = ("--tensor-model-parallel-size", "--expert-model-parallel-size", "--expert-tensor-parallel-size")
+    if args.num_experts and any(job.number(flag, 1) is None for flag in sizes):
+        return  # their experts may lie on several data-parallel ranks, and then it isn't allowed
+    given = job.value(_CAPACITY) or capacity
+    tokens = f"(what {_CAPACITY} has now)" if given is None or given.number is None else f"{given.number}"
+    method = job.value("--recompute-method")
+    if method is not None and method.text == "uniform" and job.number("--recompute-num-layers", 1) != 1:
+        tokens += " or so, since it recomputes layer by layer"
+    decision.notes.append(
+        f"{full.when}: {full.written} stays, for every micro-batch. To recompute only where it pays, put "
+        f"--flexsp-recompute {_RECOMPUTED_CAPACITY} {tokens} in its place and in that of --recompute-method and "
+        f"--recompute-num-layers, and lower {_CAPACITY} to what fits without recomputing; or leave both numbers to a "
+        "cost model that --flexsp-profile FILE --flexsp-recompute has measured"
+    )

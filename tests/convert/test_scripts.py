@@ -280,6 +280,47 @@ def test_a_loss_that_is_divided_by_more_ranks_than_before_is_noted() -> None:
     assert not noted("--context-parallel-size 2")
 
 
+class TestRecomputingEverything:
+    """It stays; what could take its place is noted, with the tokens that a rank holds now."""
+
+    FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+
+    @staticmethod
+    def noted(arguments: str) -> list[str]:
+        script = f"torchrun pretrain_gpt.py --num-layers 2 --seq-length 4096 --lr 1 {arguments}"
+        result = converted(script.encode())
+        assert arguments.encode() in result.data or "--context-parallel-size" in arguments
+        return [note for note in result.notes if "--flexsp-recompute" in note]
+
+    def test_is_noted_once_with_the_capacity(self) -> None:
+        (note,) = self.noted(f"--micro-batch-size 1 --context-parallel-size 2 {self.FULL}")
+        assert note.startswith("line 1: --recompute-granularity full stays")
+        assert "--flexsp-recompute --flexsp-max-recomputed-tokens-per-rank 2048 in its place" in note
+        (note,) = self.noted(f"--flexsp-max-tokens-per-rank $TOKENS {self.FULL}")
+        assert "--flexsp-max-recomputed-tokens-per-rank (what --flexsp-max-tokens-per-rank has now) in its" in note
+        (note,) = self.noted(self.FULL[:-1] + "4")
+        assert "-recomputed-tokens-per-rank 4096 or so, since it recomputes layer by layer in its place" in note
+        (note,) = self.noted(f"{self.FULL} --num-experts 8 --expert-model-parallel-size 1")
+        yaml = "seq_length: 64\nnum_layers: 2\nlr: 1\nnum_attention_heads: 4\nrecompute_granularity: full\n"
+        assert any(
+            "-recomputed-tokens-per-rank 64 in its place" in note for note in converted(yaml.encode(), "a.yaml").notes
+        )
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            "--recompute-granularity selective",
+            f"{FULL} --use-megatron-fsdp",
+            f"{FULL} --num-experts 8 --expert-model-parallel-size 2",
+            f"{FULL} --num-experts 8 --expert-model-parallel-size $SIZE",
+            f"{FULL} --distribute-saved-activations",
+            f"{FULL} --flexsp-schedule lockstep",
+        ],
+    )
+    def test_is_not_noted_where_nothing_can_take_its_place(self, arguments: str) -> None:
+        assert self.noted(arguments) == []
+
+
 def test_an_argument_of_another_file_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "common.sh").write_text("ARGS='--num-layers 2 --seq-length 64 --lr 1 --context-parallel-size 2'\n")
     script = tmp_path / "train.sh"

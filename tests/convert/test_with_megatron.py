@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_flexsp.compatibility import EXPERT_REFUSALS, JOB_REFUSALS, Refusal, refusals
+from megatron_flexsp.compatibility import EXPERT_REFUSALS, JOB_REFUSALS, RECOMPUTE_REFUSALS, Refusal, refusals
 from megatron_flexsp.convert import plain
 from megatron_flexsp.convert.arguments import KNOWN, namespace, values_taken
 from megatron_flexsp.convert.result import Unconvertible
@@ -65,12 +65,15 @@ def test_the_flags_that_are_known_are_megatron_s(parser: argparse.ArgumentParser
         assert (action.nargs in ("+", "*"), action.nargs == 0) == (known.kind == "list", switch), flag
 
 
-@pytest.mark.parametrize("entry", [*JOB_REFUSALS, *EXPERT_REFUSALS], ids=lambda entry: entry.flags[0])
+@pytest.mark.parametrize(
+    "entry", [*JOB_REFUSALS, *EXPERT_REFUSALS, *RECOMPUTE_REFUSALS], ids=lambda entry: entry.flags[0]
+)
 def test_what_is_refused_at_start_up_is_either_mended_or_refused_here(entry: Refusal) -> None:
     for flag in entry.flags:
         assert flag in KNOWN
         value = " 3" if values_taken(flag) != 0 else ""
         start = b"--seq-length 8 --num-layers 1 --lr 1 --num-experts 2 "
+        start += b"--flexsp-recompute " if entry in RECOMPUTE_REFUSALS else b""
         words = start + f"{flag}{value}\n".encode()
         if entry.mendable:
             after = converted(words, "arguments.txt").data
