@@ -6,6 +6,7 @@ Here are those that count work and those of lockstep plans; ``nested_bound`` has
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -30,9 +31,15 @@ def lockstep_bound_seconds(problem: Problem, deadline: float = math.inf) -> floa
     least T that meets this, for the best n, is the bound. More rounds than meet the bound by their overheads
     alone need not be tried.
 
+    Where rounds may be recomputed, a sequence takes no less than where it is kept, if a group can keep it, and slots
+    hold no more than the capacity of the recomputed: that is what is counted then.
+
     With p pipeline stages, the longest round counts p times. It is no shorter than the mean round, so T is at
     least 1 + (p - 1) / n times the rounds' sum; and a sequence's own round counts p times, or a longer one.
     """
+    if problem.recomputed_tokens_per_rank is not None:
+        capacity = problem.recomputed_tokens_per_rank
+        problem = replace(problem, tokens_per_rank=capacity, recomputed_tokens_per_rank=None)
     simple = simple_bound_seconds(problem)
     if deadline - time.monotonic() < _COUNTING_SECONDS:
         return simple * (1 - ROUNDING_SHARE)

@@ -32,17 +32,22 @@ class _Loads:
         self._degrees = [group.degree for groups in rounds for group in groups]
         self._round_of = np.array([number for number, groups in enumerate(rounds) for _ in groups], dtype=np.int64)
         self._num_rounds = len(rounds)
-        self._index = np.array([problem.degrees.index(degree) for degree in self._degrees])
+        self._recomputed = [group.recomputed for groups in rounds for group in groups]
+        kinds = [problem.of(recomputed) for recomputed in self._recomputed]
+        places = [problem.degrees.index(degree) for degree in self._degrees]
+        self._index = np.array(places) + len(problem.degrees) * np.array(self._recomputed)
         self._group_of = np.zeros(len(problem.tokens), dtype=np.int64)
         for number, group in enumerate(group for groups in rounds for group in groups):
             self._group_of[list(group.sequences)] = number
         self._tokens = problem.tokens_array
-        self._seconds = np.stack([problem.seconds_arrays[degree] for degree in problem.degrees])
+        both = [problem.kept] if problem.recomputing is None else [problem.kept, problem.recomputing]
+        self._seconds = np.stack([kind.seconds_arrays[degree] for kind in both for degree in problem.degrees])
         own = self._seconds[self._index[self._group_of], np.arange(len(problem.tokens))]
-        latencies = np.array([problem.latency_seconds[degree] for degree in self._degrees])
+        latencies = np.array([kind.latency_seconds[degree] for kind, degree in zip(kinds, self._degrees, strict=True)])
         self._ends = latencies + np.bincount(self._group_of, weights=own, minlength=len(self._degrees))
         held = np.bincount(self._group_of, weights=self._tokens, minlength=len(self._degrees))
-        self._room = np.array([problem.pack_tokens(degree) for degree in self._degrees]) - held.astype(np.int64)
+        room = [kind.pack_tokens(degree) for kind, degree in zip(kinds, self._degrees, strict=True)]
+        self._room = np.array(room) - held.astype(np.int64)
 
     def slowest_groups(self) -> list[int]:
         """The slowest group of each round that has any."""
@@ -71,7 +76,7 @@ class _Loads:
         for number, degree in enumerate(self._degrees):
             members = order[starts[number] : starts[number + 1]].tolist()
             if members:
-                rounds[self._round_of[number]].append(Group(degree, tuple(members)))
+                rounds[self._round_of[number]].append(Group(degree, tuple(members), self._recomputed[number]))
         return [tuple(groups) for groups in rounds]
 
     def _hand_over(self, group: int, mine: np.ndarray, limits: np.ndarray) -> bool:

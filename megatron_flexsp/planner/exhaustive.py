@@ -53,7 +53,8 @@ def best_lockstep(problem: Problem, limit_seconds: float, deadline: float) -> tu
     found = _Lockstep(problem).walk(limit_seconds, deadline)
     if found.best is None:
         return None, found.is_complete
-    return [tuple(Group(degree, pack[2]) for degree, pack in groups) for groups in found.best], found.is_complete
+    rounds = [tuple(Group(degree, pack[2], recomputed) for degree, pack in groups) for recomputed, groups in found.best]
+    return rounds, found.is_complete
 
 
 class _Walk(ABC):
@@ -111,9 +112,10 @@ class _Walk(ABC):
     def _least(self, state: Any, missing: int) -> float:
         return max(self.seconds(state), self.busy_seconds(state) + self._work[missing])
 
-    def _added(self, packs: tuple[Pack, ...], sequence: int, degree: int) -> Iterator[tuple[Pack, ...]]:
+    def _added(
+        self, problem: Problem, packs: tuple[Pack, ...], sequence: int, degree: int
+    ) -> Iterator[tuple[Pack, ...]]:
         """The packs of one degree with a sequence added to one of them, or to a further one."""
-        problem = self.problem
         tokens, seconds = problem.tokens[sequence], problem.sequence_seconds[degree][sequence]
         recomputed = problem.is_recomputed(degree, sequence)
         room = problem.pack_tokens(degree, recomputed=recomputed)
@@ -121,13 +123,12 @@ class _Walk(ABC):
             if pack[0] + tokens <= room and problem.is_recomputed(degree, pack[2][0]) == recomputed:
                 grown = (pack[0] + tokens, pack[1] + seconds, (*pack[2], sequence))
                 yield tuple(sorted((*packs[:index], grown, *packs[index + 1 :])))
-        opened = self._opened(sequence, degree)
+        opened = self._opened(problem, sequence, degree)
         if opened is not None:
             yield tuple(sorted((*packs, opened)))
 
-    def _opened(self, sequence: int, degree: int) -> Pack | None:
+    def _opened(self, problem: Problem, sequence: int, degree: int) -> Pack | None:
         """A pack with one sequence, if it can hold it."""
-        problem = self.problem
         if not problem.holds(degree, sequence):
             return None
         recomputed = problem.is_recomputed(degree, sequence)
@@ -165,7 +166,7 @@ class _Nested(_Walk):
     def ways(self, state: Any, sequence: int) -> Iterator[Any]:
         degree, packs, children = state
         if degree in self.problem.degrees:
-            for added in self._added(packs, sequence, degree):
+            for added in self._added(self.problem, packs, sequence, degree):
                 yield degree, added, children
         for index, child in enumerate(children):
             if index > 0 and child == children[index - 1]:
@@ -216,37 +217,41 @@ class _Nested(_Walk):
 
 
 class _Lockstep(_Walk):
-    """A state is a row of rounds; a round is a row of groups, each its degree and its pack."""
+    """A state is a row of rounds: whether it is recomputed, and its groups, each its degree and its pack."""
 
     def root(self) -> Any:
         return ()
 
     def ways(self, state: Any, sequence: int) -> Iterator[Any]:
         domain_size = self.problem.domain_size
-        for index, groups in enumerate(state):
+        for index, (recomputed, groups) in enumerate(state):
+            problem = self.problem.of(recomputed)
             others = (*state[:index], *state[index + 1 :])
             ranks_left = domain_size - sum(degree for degree, _ in groups)
             for position, (degree, pack) in enumerate(groups):
                 rest = (*groups[:position], *groups[position + 1 :])
-                for added in self._added((pack,), sequence, degree):
+                for added in self._added(problem, (pack,), sequence, degree):
                     if len(added) == 1:
-                        yield tuple(sorted((*others, tuple(sorted((*rest, (degree, added[0])))))))
-            for degree in self.problem.degrees:
-                opened = self._opened(sequence, degree)
+                        grown = tuple(sorted((*rest, (degree, added[0]))))
+                        yield tuple(sorted((*others, (recomputed, grown))))
+            for degree in problem.degrees:
+                opened = self._opened(problem, sequence, degree)
                 if degree <= ranks_left and opened is not None:
-                    yield tuple(sorted((*others, tuple(sorted((*groups, (degree, opened)))))))
-        for degree in self.problem.degrees:
-            opened = self._opened(sequence, degree)
-            if opened is not None:
-                yield tuple(sorted((*state, ((degree, opened),))))
+                    yield tuple(sorted((*others, (recomputed, tuple(sorted((*groups, (degree, opened))))))))
+        for recomputed in (False, True) if self.problem.recomputing is not None else (False,):
+            problem = self.problem.of(recomputed)
+            for degree in problem.degrees:
+                opened = self._opened(problem, sequence, degree)
+                if opened is not None:
+                    yield tuple(sorted((*state, (recomputed, ((degree, opened),)))))
 
     def seconds(self, state: Any) -> float:
         problem = self.problem
-        lengths = [max(pack[1] for _, pack in groups) for groups in state]
+        lengths = [max(pack[1] for _, pack in groups) for _, groups in state]
         missing = -len(lengths) % problem.count_multiple if lengths else problem.count_multiple
         return step_of_rounds(problem, lengths + [problem.overhead_seconds] * missing)
 
     def busy_seconds(self, state: Any) -> float:
         problem = self.problem
-        busy = sum(degree * (pack[1] - problem.overhead_seconds) for groups in state for degree, pack in groups)
+        busy = sum(degree * (pack[1] - problem.overhead_seconds) for _, groups in state for degree, pack in groups)
         return float(busy) / problem.domain_size + len(state) * problem.overhead_seconds

@@ -49,13 +49,18 @@ def check_every_sequence_once(plan: "Plan", num_sequences: int) -> None:
 def check_capacity(
     plan: "Plan", lengths: list[int], token_capacity: int, slice_multiple: int, recomputed_token_capacity: int | None
 ) -> None:
-    """No rank's slice, padding counted, holds more tokens than its capacity; what fits is not recomputed."""
+    """No rank's slice, padding counted, holds more tokens than its capacity; what fits is not recomputed.
+
+    In lockstep whole rounds are recomputed, with whatever they hold (``check_schedule``).
+    """
     for index, item in enumerate(plan.micro_batches):
         capacity = token_capacity
         if item.recomputed:
-            capacity = _recomputed_capacity(
-                index, item, lengths, token_capacity, slice_multiple, recomputed_token_capacity
-            )
+            if recomputed_token_capacity is None:
+                raise PlanError(f"micro-batch {index} is recomputed; nothing may be")
+            capacity = recomputed_token_capacity
+            if plan.schedule != "lockstep":
+                _check_needs_recomputing(index, item, lengths, token_capacity, slice_multiple)
         total_tokens = sum(lengths[position] for position in item.sequences)
         tokens_per_rank = slice_tokens(total_tokens, item.degree, slice_multiple)
         if tokens_per_rank > capacity:
@@ -65,17 +70,10 @@ def check_capacity(
             )
 
 
-def _recomputed_capacity(
-    index: int,
-    item: "MicroBatch",
-    lengths: list[int],
-    token_capacity: int,
-    slice_multiple: int,
-    recomputed_token_capacity: int | None,
-) -> int:
-    """What each rank holds of a recomputed micro-batch, all of whose sequences must need it."""
-    if recomputed_token_capacity is None:
-        raise PlanError(f"micro-batch {index} is recomputed; nothing may be")
+def _check_needs_recomputing(
+    index: int, item: "MicroBatch", lengths: list[int], token_capacity: int, slice_multiple: int
+) -> None:
+    """All sequences of a recomputed micro-batch must need it."""
     if item.is_filler:
         raise PlanError(f"micro-batch {index} is a filler and recomputed; fillers are not")
     for position in item.sequences:
@@ -84,7 +82,6 @@ def _recomputed_capacity(
                 f"micro-batch {index} is recomputed and holds sequence {position} of {lengths[position]} tokens, which "
                 f"{item.degree} ranks can hold without"
             )
-    return recomputed_token_capacity
 
 
 def check_schedule(plan: "Plan") -> None:
@@ -94,7 +91,7 @@ def check_schedule(plan: "Plan") -> None:
     elif plan.schedule == "static":
         _check_static(plan)
     elif plan.schedule == "lockstep":
-        rounds(plan)
+        _check_rounds(plan)
     else:
         raise PlanError(f"schedule is {plan.schedule!r}; expected one of {', '.join(SCHEDULES)}")
 
@@ -107,6 +104,13 @@ def _check_nested(plan: "Plan") -> None:
             raise PlanError(
                 f"micro-batch {index} of a nested plan has degree {after} after {before}; degrees never increase"
             )
+
+
+def _check_rounds(plan: "Plan") -> None:
+    """The list falls into rounds, each of which is recomputed as a whole or not at all."""
+    for number, members in enumerate(rounds(plan)):
+        if len({item.recomputed for item in members}) > 1:
+            raise PlanError(f"lockstep round {number} is recomputed in part; its ranks must make the same calls")
 
 
 def _check_static(plan: "Plan") -> None:

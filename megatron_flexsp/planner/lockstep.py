@@ -9,14 +9,19 @@ program, and real sequences are exchanged between groups.
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
 
 from megatron_flexsp.planner.bounds import least_rounds, lockstep_count_bounds
 from megatron_flexsp.planner.exchange import exchange
 from megatron_flexsp.planner.problem import Problem
 from megatron_flexsp.planner.round_program import blast, plan_round
 from megatron_flexsp.planner.rounds import (
+    Group,
     Round,
     RoundRules,
+    Shape,
+    is_recomputed,
     pack_rounds,
     round_seconds,
     step_of_rounds,
@@ -31,6 +36,8 @@ _BISECTIONS = 2
 _STRETCHES = (0.7, 0.85, 1.15, 1.3)
 _OTHER_COUNT_SHARE = 0.15
 """Of random changes, the share that begins with a round more or less."""
+_OTHER_KIND_SHARE = 0.3
+"""The share that recomputes one of the rounds, or does so no more."""
 
 _CLOSE_ENOUGH = 4e-3
 _LEAST_GAIN = 0.05
@@ -110,24 +117,30 @@ class _Search:
             self.best, self.seconds = rounds, seconds
         return seconds
 
-    def improves(self, lengths: list[float], rules: RoundRules) -> float | None:
-        """The step that a pass finds for rounds of these lengths, or None if it finds no way."""
+    def improves(self, shapes: list[Shape], rules: RoundRules) -> float | None:
+        """The step that a pass finds for such rounds, or None if it finds no way."""
         self.passes_left -= 1
         started = time.monotonic()
-        rounds = pack_rounds(self.problem, lengths, rules)
+        rounds = pack_rounds(self.problem, shapes, rules)
         self._pass_seconds = max(self._pass_seconds, time.monotonic() - started)
         return None if rounds is None else self.offer(rounds)
 
-    def lengths(self) -> list[float]:
-        """Seconds of each round of the best, longest first."""
-        return sorted((round_seconds(self.problem, groups) for groups in self.best), reverse=True)
+    def shapes(self) -> list[Shape]:
+        """The rounds of the best, longest first."""
+        found = [Shape(round_seconds(self.problem, groups), is_recomputed(groups)) for groups in self.best]
+        return sorted(found, key=lambda shape: -shape.seconds)
 
     def _price(self, rounds: list[Round]) -> float:
         return step_of_rounds(self.problem, [round_seconds(self.problem, groups) for groups in rounds])
 
 
 def _first_rounds(problem: Problem) -> list[Round]:
-    """Some legal rounds, quickly: lengths are doubled, and rounds added, until the greedy pass succeeds."""
+    """Some legal rounds, quickly: lengths are doubled, and rounds added, until the greedy pass succeeds.
+
+    They are recomputed only if the longest sequence must be.
+    """
+    overall, recomputed = problem, _needs_recomputing(problem)
+    problem = problem.of(recomputed)
     count = least_rounds(problem)
     per_round = (problem.seconds_arrays[problem.degrees[-1]].sum() * problem.degrees[-1]) / problem.domain_size / count
     longest = min(
@@ -138,30 +151,45 @@ def _first_rounds(problem: Problem) -> list[Round]:
     length = max(per_round, longest, 1e-9)
     while True:
         for doublings in range(4):
-            lengths = [problem.overhead_seconds + length * (1 << doublings)] * count
-            rounds = pack_rounds(problem, lengths, RoundRules(widen_most=1 << 30))
+            shapes = [Shape(problem.overhead_seconds + length * (1 << doublings), recomputed)] * count
+            rounds = pack_rounds(overall, shapes, RoundRules(widen_most=1 << 30))
             if rounds is not None:
                 return rounds
         count += max(1, count // 4 // problem.count_multiple) * problem.count_multiple
 
 
+def _needs_recomputing(problem: Problem) -> bool:
+    """Whether no group keeps the longest sequence's activations."""
+    return problem.tokens[-1] > problem.pack_tokens(problem.degrees[-1])
+
+
+def _kinds(problem: Problem, count: int) -> Iterator[list[bool]]:
+    """Which of so many rounds to recompute, for a start: the longest, if any."""
+    if not _needs_recomputing(problem):
+        yield [False] * count
+    if problem.recomputing is not None:
+        yield [True] + [False] * (count - 1)
+
+
 def _try_count(state: _Search, count: int, least_seconds: float) -> None:
     """Try so many rounds in several proportions of their lengths, and bisect the step a little where that helps."""
-    for proportions in _proportions(state.problem, count):
+    problem = state.problem
+    for proportions, recomputed in product(_proportions(problem, count), _kinds(problem, count)):
         gap = state.seconds - least_seconds
         if not state.has_passes or gap <= 0:
             return
-        if state.improves(_scaled(state.problem, proportions, least_seconds + (1 - _LEAST_GAIN) * gap), _RULES[0]):
-            _bisect(state, proportions, least_seconds)
+        target = least_seconds + (1 - _LEAST_GAIN) * gap
+        if state.improves(_scaled(problem, proportions, recomputed, target), _RULES[0]):
+            _bisect(state, proportions, recomputed, least_seconds)
 
 
-def _bisect(state: _Search, proportions: list[float], missed_seconds: float) -> None:
+def _bisect(state: _Search, proportions: list[float], recomputed: list[bool], missed_seconds: float) -> None:
     """Halve the gap between what was missed and the best step, a few times."""
     for _ in range(_BISECTIONS):
         if not state.has_passes or state.seconds - missed_seconds <= _CLOSE_ENOUGH * state.bound_seconds:
             return
         target = (missed_seconds + state.seconds) / 2
-        if state.improves(_scaled(state.problem, proportions, target), _RULES[0]) is None:
+        if state.improves(_scaled(state.problem, proportions, recomputed, target), _RULES[0]) is None:
             missed_seconds = target
 
 
@@ -177,12 +205,15 @@ def _proportions(problem: Problem, count: int) -> Iterator[list[float]]:
             yield sums
 
 
-def _scaled(problem: Problem, proportions: list[float], step: float) -> list[float]:
-    """Lengths of rounds in these proportions that make up the step, overheads and the pipeline counted."""
+def _scaled(problem: Problem, proportions: list[float], recomputed: list[bool], step: float) -> list[Shape]:
+    """Rounds in these proportions that make up the step, overheads and the pipeline counted."""
     stages = problem.pipeline_stages - 1
     overheads = problem.overhead_seconds * (len(proportions) + stages)
     share = max(0.0, step - overheads) / (sum(proportions) + stages * max(proportions))
-    return [problem.overhead_seconds + share * proportion for proportion in proportions]
+    return [
+        Shape(problem.overhead_seconds + share * proportion, again)
+        for proportion, again in zip(proportions, recomputed, strict=True)
+    ]
 
 
 def _try_random_lengths(state: _Search, seed: int) -> None:
@@ -190,18 +221,24 @@ def _try_random_lengths(state: _Search, seed: int) -> None:
     generator = random.Random(seed)
     problem, fewest = state.problem, least_rounds(state.problem)
     while state.has_passes:
-        rest = [max(length - problem.overhead_seconds, 1e-12) for length in state.lengths()]
+        shapes = state.shapes()
+        rest = [max(shape.seconds - problem.overhead_seconds, 1e-12) for shape in shapes]
+        recomputed = [shape.recomputed for shape in shapes]
         if generator.random() < _OTHER_COUNT_SHARE:
             if len(rest) - problem.count_multiple >= fewest and generator.random() < 0.5:
-                rest = rest[: -problem.count_multiple]
+                rest, recomputed = rest[: -problem.count_multiple], recomputed[: -problem.count_multiple]
             else:
                 rest += [generator.choice(rest) for _ in range(problem.count_multiple)]
+                recomputed += [False] * problem.count_multiple
         changed = generator.sample(range(len(rest)), min(generator.choice((1, 2, len(rest))), len(rest)))
         for index in changed:
             rest[index] *= generator.choice(_STRETCHES)
+        if problem.recomputing is not None and generator.random() < _OTHER_KIND_SHARE:
+            other = generator.randrange(len(rest))
+            recomputed[other] = not recomputed[other]
         gap = state.seconds - state.bound_seconds
         target = state.bound_seconds + generator.choice((0.9, 0.95, 0.98, 0.99)) * gap
-        state.improves(_scaled(problem, rest, target), generator.choice(_RULES))
+        state.improves(_scaled(problem, rest, recomputed, target), generator.choice(_RULES))
 
 
 def _choose_groups_again(state: _Search, seed: int) -> None:
@@ -212,8 +249,11 @@ def _choose_groups_again(state: _Search, seed: int) -> None:
         sequences = sorted(sequence for group in groups for sequence in group.sequences)
         if state.is_over or not 1 < len(sequences) <= _ROUND_PROGRAM_SEQUENCES:
             continue
-        better = plan_round(problem, sequences, groups, state.deadline - time.monotonic(), seed)
+        recomputed = is_recomputed(groups)
+        known = tuple(replace(group, recomputed=False) for group in groups)
+        better = plan_round(problem.of(recomputed), sequences, known, state.deadline - time.monotonic(), seed)
         if better is not None:
+            better = tuple(Group(group.degree, group.sequences, recomputed) for group in better)
             state.offer([better if number == index else kept for number, kept in enumerate(state.best)])
 
 

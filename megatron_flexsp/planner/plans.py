@@ -38,7 +38,7 @@ class MicroBatch:
 
     recomputed: bool = False
     """Whether activations are recomputed in the backward pass, so that a rank can hold more tokens. Only sequences
-    that fit no other micro-batch of the degree are in such a one."""
+    that fit no other micro-batch of the degree are in such a one; in lockstep, whole rounds are recomputed."""
 
     @property
     def is_filler(self) -> bool:

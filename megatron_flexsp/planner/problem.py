@@ -4,7 +4,7 @@ Every solver of this package takes a ``Problem`` and need not look at a flag or 
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -55,6 +55,36 @@ class Problem:
     sequence_seconds: dict[int, list[float]]
     """What each sequence adds to a group of each degree, recomputed where it fits no other pack of that degree; never
     decreasing, like the tokens."""
+
+    recomputed_seconds: dict[int, list[float]]
+    """The same where every sequence is recomputed; empty where none may be."""
+
+    @cached_property
+    def kept(self) -> "Problem":
+        """The problem if nothing may be recomputed."""
+        return replace(self, recomputed_tokens_per_rank=None)
+
+    @cached_property
+    def recomputing(self) -> "Problem | None":
+        """The problem if every micro-batch is recomputed; None where none may be."""
+        if self.recomputed_tokens_per_rank is None:
+            return None
+        return replace(
+            self,
+            tokens_per_rank=self.recomputed_tokens_per_rank,
+            recomputed_tokens_per_rank=None,
+            latency_seconds={
+                degree: seconds + self.recomputing_seconds[degree] for degree, seconds in self.latency_seconds.items()
+            },
+            sequence_seconds=self.recomputed_seconds,
+        )
+
+    def of(self, recomputed: bool) -> "Problem":
+        """The problem of rounds that are recomputed, or of those that are not."""
+        if not recomputed:
+            return self.kept
+        assert self.recomputing is not None, "a round is recomputed only where it may be"
+        return self.recomputing
 
     @cached_property
     def tokens_array(self) -> NDArray[np.int64]:
@@ -147,10 +177,11 @@ def make_problem(
     in_order = tokens[positions]
     with np.errstate(over="ignore"):
         seconds = {degree: cost_model.sequence_seconds(in_order, degree) for degree in allowed}
+        again = {}
         if recomputed_tokens_per_rank is not None:
-            for degree, row in seconds.items():
-                again = cost_model.sequence_seconds(in_order, degree, recomputed=True)
-                seconds[degree] = np.where(in_order > degree * tokens_per_rank, again, row)
+            again = {degree: cost_model.sequence_seconds(in_order, degree, recomputed=True) for degree in allowed}
+        for degree, row in again.items():
+            seconds[degree] = np.where(in_order > degree * tokens_per_rank, row, seconds[degree])
     if not np.isfinite(sum(row.sum() for row in seconds.values())):
         raise FlexSPError("the cost model's constants give no finite time for this batch; correct them")
     return Problem(
@@ -166,6 +197,7 @@ def make_problem(
         latency_seconds={degree: cost_model.latency_seconds(degree) for degree in allowed},
         recomputing_seconds={degree: cost_model.recomputing_seconds(degree) for degree in allowed},
         sequence_seconds={degree: row.tolist() for degree, row in seconds.items()},
+        recomputed_seconds={degree: row.tolist() for degree, row in again.items()},
     )
 
 

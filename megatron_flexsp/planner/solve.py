@@ -65,8 +65,8 @@ def plan(
         Tokens that a rank can hold in one micro-batch; by default what the cost model's memory constants say.
     recomputed_token_capacity
         Tokens that a rank can hold in a micro-batch whose activations are recomputed. Where it is given, plans do so
-        with sequences that would fit in no other way, or only in groups so wide that exchanging costs more. Not in
-        lockstep, where all ranks of a round must make the same calls.
+        with sequences that would fit in no other way, or only in groups so wide that exchanging costs more; in lockstep
+        with whole rounds, so that all their ranks make the same calls.
     slice_multiple
         Each rank's slice of a pack is padded up to a multiple of so many tokens.
     count_multiple
@@ -92,11 +92,6 @@ def plan(
     started = time.monotonic()
     deadline = _deadline(started, time_limit_seconds)
     _check_schedule(schedule, static_degree)
-    if schedule == "lockstep" and recomputed_token_capacity is not None:
-        raise FlexSPError(
-            "recomputed_token_capacity with schedule lockstep: micro-batches of a round are not recomputed one by one. "
-            "Use schedule nested, or leave the capacity out"
-        )
     problem = make_problem(
         lengths,
         cost_model,

@@ -70,13 +70,27 @@ def _nested(
     return best
 
 
-def _lockstep(lengths, cost_model, domain_size, *, capacity, degrees, count_multiple=1, pipeline_stages=1):
+def _lockstep(
+    lengths,
+    cost_model,
+    domain_size,
+    *,
+    capacity,
+    degrees,
+    recomputed_capacity=None,
+    count_multiple=1,
+    pipeline_stages=1,
+):
     best = float("inf")
-    rounds = []  # each a list of (degree, lengths)
+    rounds = []  # each whether it is recomputed, and a list of (degree, lengths)
+    capacities = {False: capacity} if recomputed_capacity is None else {False: capacity, True: recomputed_capacity}
 
     def step():
         filler = cost_model.micro_batch_overhead_seconds
-        taken = [max(cost_model.micro_batch_seconds(held, degree) for degree, held in groups) for groups in rounds]
+        taken = [
+            max(cost_model.micro_batch_seconds(held, degree, recomputed=again) for degree, held in groups)
+            for again, groups in rounds
+        ]
         while not taken or len(taken) % count_multiple:
             taken.append(filler)
         return sum(taken) + (pipeline_stages - 1) * max(taken)
@@ -86,23 +100,25 @@ def _lockstep(lengths, cost_model, domain_size, *, capacity, degrees, count_mult
         if index == len(lengths):
             best = min(best, step())
             return
-        for groups in rounds:
+        for again, groups in rounds:
             for degree, held in groups:
-                if sum(held) + lengths[index] <= degree * capacity:
+                if sum(held) + lengths[index] <= degree * capacities[again]:
                     held.append(lengths[index])
                     place(index + 1)
                     held.pop()
         for degree in degrees:
-            if lengths[index] > degree * capacity:
-                continue
-            for groups in rounds:
+            for again, groups in rounds:
+                if lengths[index] > degree * capacities[again]:
+                    continue
                 if sum(other for other, _ in groups) + degree <= domain_size:
                     groups.append((degree, [lengths[index]]))
                     place(index + 1)
                     groups.pop()
-            rounds.append([(degree, [lengths[index]])])
-            place(index + 1)
-            rounds.pop()
+            for again, holds in capacities.items():
+                if lengths[index] <= degree * holds:
+                    rounds.append((again, [(degree, [lengths[index]])]))
+                    place(index + 1)
+                    rounds.pop()
 
     place(0)
     return best

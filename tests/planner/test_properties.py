@@ -49,9 +49,7 @@ def feasible_arguments(draw):
     degrees = draw(st.lists(st.sampled_from(legal), min_size=1, unique=True))
     slice_multiple = draw(st.sampled_from([1, 2, 5]))
     token_capacity = draw(st.integers(slice_multiple, 200))
-    recomputed = None
-    if schedule != "lockstep":
-        recomputed = draw(st.one_of(st.none(), st.integers(token_capacity, 8 * token_capacity)))
+    recomputed = draw(st.one_of(st.none(), st.integers(token_capacity, 8 * token_capacity)))
     slice_capacity = token_capacity if recomputed is None else recomputed
     longest = max(degrees) * (slice_capacity - slice_capacity % slice_multiple)
     lengths = st.one_of(st.integers(1, longest), st.integers(1, min(longest, 20)), st.just(longest))

@@ -9,7 +9,7 @@ from megatron_flexsp.planner import load_cost_model
 from megatron_flexsp.planner.exchange import exchange
 from megatron_flexsp.planner.problem import make_problem
 from megatron_flexsp.planner.round_program import blast, bucket_ceilings, plan_round
-from megatron_flexsp.planner.rounds import Group, RoundRules, pack_rounds, round_seconds
+from megatron_flexsp.planner.rounds import Group, RoundRules, Shape, pack_rounds, round_seconds
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -76,4 +76,4 @@ def test_exchange_betters_a_clumsy_round_and_keeps_its_groups(clumsy_round):
 
 def test_rounds_that_are_too_short_are_refused(clumsy_round):
     problem, _ = clumsy_round
-    assert pack_rounds(problem, [problem.overhead_seconds * 1.01], RoundRules()) is None
+    assert pack_rounds(problem, [Shape(problem.overhead_seconds * 1.01)], RoundRules()) is None
