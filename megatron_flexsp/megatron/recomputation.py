@@ -17,7 +17,6 @@ from typing import Any
 
 from megatron_flexsp.compatibility import refusals
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import rounds
 from megatron_flexsp.planner import CostModel
 
 _FLAG, _CAPACITY_FLAG = "--flexsp-recompute", "--flexsp-max-recomputed-tokens-per-rank"
@@ -38,12 +37,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         if most is not None:
             raise FlexSPError(f"{_CAPACITY_FLAG} needs {_FLAG}")
         return
-    reason = "rounds are asked for (--flexsp-schedule lockstep)" if args.flexsp_schedule == "lockstep" else None
-    if (reason := rounds.why_rounds(args) or reason) is not None:
-        raise FlexSPError(
-            f"{_FLAG}: {reason}, and in rounds all ranks must do the same, in backward passes too. Take {_FLAG} out; "
-            "--recompute-granularity full recomputes everything"
-        )
     if least is not None and most is not None and most < least:
         raise FlexSPError(
             f"{_CAPACITY_FLAG} {most} is less than --flexsp-max-tokens-per-rank {least}: a rank that recomputes "

@@ -72,8 +72,8 @@ class _Strategies(click.ParamType):
     "--compare",
     "strategies",
     type=_Strategies(),
-    help=f"Ways to train, with commas, of {', '.join(STRATEGIES)}; speeds are relative to the first. Default: all, the "
-    "last two with --recompute.",
+    help=f"Ways to train, with commas, of {', '.join(STRATEGIES)}; speeds are relative to the first. Default: all, "
+    "those that end in -recompute with --recompute alone.",
 )
 @click.option("--static-degree", type=click.IntRange(min=1), help="Of static; default: what the longest needs.")
 @click.option("--degrees", type=Degrees(), help="Degrees that may be used, with commas; all by default.")

@@ -12,9 +12,9 @@ from megatron_flexsp.planner import CostModel, Plan, legal_degrees, micro_batch_
 from megatron_flexsp.simulator.events import Timeline, simulate
 from megatron_flexsp.simulator.stragglers import Stragglers
 
-RECOMPUTING = ("static-recompute", "nested-recompute")
-"""Static groups in a run that recomputes everything, as long contexts often make people do; and nested plans that
-recompute only where it pays."""
+RECOMPUTING = ("static-recompute", "lockstep-recompute", "nested-recompute")
+"""Static groups in a run that recomputes everything, as long contexts often make people do; and plans that recompute
+only where it pays."""
 
 STRATEGIES = ("static", "batch-adaptive", "lockstep", "nested", *RECOMPUTING)
 
@@ -142,7 +142,7 @@ def _plan(batch: NDArray[np.int64], strategy: str, cluster: Cluster, longest: in
         schedule=schedule,
         degrees=cluster.degrees,
         static_degree=static_degree_for(longest, cluster, strategy) if schedule == "static" else None,
-        recomputed_token_capacity=cluster.recomputed_token_capacity if strategy == "nested-recompute" else None,
+        recomputed_token_capacity=cluster.recomputed_token_capacity if strategy in RECOMPUTING[1:] else None,
         pipeline_stages=cluster.pipeline_stages,
         time_limit_seconds=cluster.time_limit_seconds,
         seed=cluster.seed,

@@ -4,6 +4,7 @@ The law that guards every change to the runtime. The reference has the run's own
 pipeline-parallel layout, since initial weights depend on it, and one data-parallel rank.
 """
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -97,11 +98,15 @@ def test_interleaved_pipeline_with_both_overlaps(train: Callable, reference: Cal
 
 
 def test_fully_sharded_data_parallel(train: Callable, reference: Callable) -> None:
-    """Megatron-FSDP gathers every layer's parameters in every micro-batch: rounds are chosen, and all ranks meet."""
+    """Megatron-FSDP gathers every layer's parameters in every micro-batch: rounds are chosen, and all ranks meet.
+
+    Also in the backward passes of those rounds that the planner has recomputed.
+    """
     sharded = ("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params")
     model = (*GQA, *TENSOR, "--sequence-parallel")
-    run = train(4, *model, *sharded, *OVERLAPS, "--ckpt-format", "fsdp_dtensor")
-    assert "| lockstep |" in run.output
+    capacities = ("--flexsp-max-tokens-per-rank", "16", "--flexsp-max-recomputed-tokens-per-rank", "60")
+    run = train(4, *model, *sharded, *OVERLAPS, "--ckpt-format", "fsdp_dtensor", "--flexsp-recompute", *capacities)
+    assert re.search(r"\| lockstep \| micro-batches of each degree: .+? \| recomputed: ", run.output)
     # It keeps no gradients under the parameters' names, so only the losses can tell.
     assert_equal_losses(run, reference(2, *GQA, *TENSOR))
 

@@ -11,6 +11,7 @@ import pytest
 
 from .conftest import LLAMA
 from .test_equality import FULL, INTERLEAVED, OVERLAPS, PIPELINE, TENSOR, assert_equal, assert_equal_losses
+from .test_recomputation import RECOMPUTE
 
 MOE = (
     *(*LLAMA, "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "32"),
@@ -41,10 +42,10 @@ def test_experts_inside_of_a_tensor_parallel_group(train: Callable, reference: C
 
 
 def test_experts_on_two_ranks_of_an_interleaved_pipeline(train: Callable, reference: Callable) -> None:
-    """Warm-up runs forward ahead of backward, which then runs the routers of earlier micro-batches again."""
+    """Warm-up runs forward ahead of backward, which then runs the routers of recomputed rounds again."""
     model = (*MOE, *EACH_SEQUENCE, *BIAS, "0.1", *TWO_PARTS, *INTERLEAVED)
-    plan = "[01]:0,5,8 [0]:1 [1]:2,3 [01]:4 [0]:6 [1]: [0]:7,9 [1]:10 [0]: [1]:11"
-    run = train(4, *model, *FULL, plan=plan, gradients=True)
+    plan = "[01]*:0,5,8 [0]:1 [1]:2,3 [01]:4 [0]*:6 [1]*: [0]:7,9 [1]:10 [0]*: [1]*:11"
+    run = train(4, *model, *RECOMPUTE, plan=plan, gradients=True)
     assert " > [flexsp] lockstep schedule" in run.output
     assert_equal(run, reference(4, *model))
 

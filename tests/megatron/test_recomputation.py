@@ -75,15 +75,6 @@ class TestFlags:
                 f"{ON} --flexsp-max-recomputed-tokens-per-rank 7 --flexsp-max-tokens-per-rank 8",
                 "--flexsp-max-recomputed-tokens-per-rank 7 is less than --flexsp-max-tokens-per-rank 8: ",
             ),
-            (
-                f"{ON} --flexsp-schedule lockstep",
-                "--flexsp-recompute: rounds are asked for .--flexsp-schedule lockstep",
-            ),
-            (
-                f"{ON} --num-experts 8 --expert-model-parallel-size 2",
-                "--flexsp-recompute: experts lie on several data-parallel ranks .* and in rounds all ranks must",
-            ),
-            (f"{ON} --use-megatron-fsdp", "--flexsp-recompute: Megatron-FSDP"),
         ],
     )
     def test_a_value_that_makes_no_sense_is_refused(self, more: str, message: str, parse: Parse) -> None:
