@@ -313,9 +313,6 @@ def _note_recomputation(job: Job, capacity: Formula | None, decision: Decision) 
     args = namespace(argument for argument in job.arguments if argument.likely)
     if full is None or in_place_of_full(args) is None:
         return
-    sizes = ("--tensor-model-parallel-size", "--expert-model-parallel-size", "--expert-tensor-parallel-size")
-    if args.num_experts and any(job.number(flag, 1) is None for flag in sizes):
-        return  # their experts may lie on several data-parallel ranks, and then it isn't allowed
     given = job.value(_CAPACITY) or capacity
     tokens = f"(what {_CAPACITY} has now)" if given is None or given.number is None else f"{given.number}"
     method = job.value("--recompute-method")

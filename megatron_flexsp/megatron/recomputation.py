@@ -49,9 +49,7 @@ def in_place_of_full(args: argparse.Namespace) -> argparse.Namespace | None:
 
     None where that isn't there or can't be replaced. Reads arguments alone, as ``refusals`` does.
     """
-    if args.recompute_granularity != "full" or getattr(args, "flexsp_schedule", "auto") == "lockstep":
-        return None
-    if rounds.why_rounds(args) is not None:
+    if args.recompute_granularity != "full":
         return None
     changed = {"flexsp_recompute": True, **dict.fromkeys(_EACH_LAYER)}
     instead = argparse.Namespace(**{**vars(args), **changed})
