@@ -147,7 +147,7 @@ class SliceReader:
                     layout,
                     self._further_depths,
                     lambda sequence, length: self._source.learned(held[sequence], length),
-                    self._logs_each_token,
+                    None if self._logs_each_token else sequences.samples / len(sequences.lengths),
                 )
             # Padding reads token 0 and predicts it with no weight.
             tokens = np.zeros(layout.slice_tokens, dtype=np.int64)
@@ -202,7 +202,6 @@ class _Ready:
 class _Asked:
     """A batch whose plan is under way."""
 
-    samples: int
     sequences: Sequences
     pending: PendingPlan | None
     """On the planning rank only."""
@@ -301,7 +300,7 @@ class PlannedBatches:
     def _ask_for_plan(self, samples: range) -> _Asked:
         sequences = self.source.sequences(samples, self._channel)
         pending = None if self._planner is None else self._planner.submit(sequences.lengths)
-        return _Asked(len(samples), sequences, pending)
+        return _Asked(sequences, pending)
 
     def _share_and_read(self, future: Future[_Asked]) -> _Ready:
         asked = future.result()
@@ -316,7 +315,7 @@ class PlannedBatches:
         planned_at = time.perf_counter()
         read = partial(self._reader.read, plan, asked.sequences)
         micro_batches = read() if self.source.has_index else self._channel.together(read)
-        return _Ready(asked.samples, lengths, plan, micro_batches, planned_at)
+        return _Ready(asked.sequences.samples, lengths, plan, micro_batches, planned_at)
 
 
 class GivenBatch:

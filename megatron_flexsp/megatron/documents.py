@@ -287,7 +287,7 @@ class SampleSource:
 
     def sequences(self, samples: Sequence[int], channel: PlanChannel) -> Sequences:
         """The samples themselves; every rank knows their lengths from the index."""
-        return Sequences(self.lengths(np.asarray(samples, dtype=np.int64)), samples)
+        return Sequences(self.lengths(np.asarray(samples, dtype=np.int64)), samples, len(samples))
 
     def prepare(self, handles: Iterable[int]) -> None:
         """Nothing: the operating system reads ahead."""

@@ -57,14 +57,15 @@ class FurtherTokensBuilder:
         How many tokens beyond the next one are predicted.
     learned
         Which labels count.
-    logs_each_token
-        Whether Megatron logs the mean over all tokens. If not, it logs the mean of the micro-batches' means, which
-        here becomes that of the sequences' means.
+    mean_share
+        None where Megatron logs the mean over all tokens. Elsewhere it logs the mean of the micro-batches' means, which
+        here becomes that of the sequences' means: each is multiplied by this share, since Megatron divides their sum by
+        its own number of micro-batches, which is that of samples.
     """
 
-    def __init__(self, layout: PackLayout, depths: int, learned: Learned, logs_each_token: bool) -> None:
+    def __init__(self, layout: PackLayout, depths: int, learned: Learned, mean_share: float | None) -> None:
         shape = (depths, layout.slice_tokens)
-        self._layout, self._depths, self._learned, self._logs_each_token = layout, depths, learned, logs_each_token
+        self._layout, self._depths, self._learned, self._mean_share = layout, depths, learned, mean_share
         self._tokens, self._positions, self._labels = (np.zeros(shape, dtype=np.int64) for _ in range(3))
         self._masks, self._weights, self._factors = (np.zeros(shape, dtype=np.float32) for _ in range(3))
 
@@ -87,8 +88,11 @@ class FurtherTokensBuilder:
             mask = self._masks[row, here]
             mask[:] = 1.0 if ahead.learned is None else ahead.learned[depth : depth + count]
             left = max(labels[depth], 1)
-            self._weights[row, here] = mask if self._logs_each_token else mask / left
-            self._factors[row, here] = labels[0] / left if self._logs_each_token else labels[0]
+            if self._mean_share is None:
+                self._weights[row, here], self._factors[row, here] = mask, labels[0] / left
+            else:
+                self._weights[row, here] = mask / left * self._mean_share
+                self._factors[row, here] = labels[0] / self._mean_share
 
     def _labels_at(self, sequence: int) -> list[int]:
         """How many labels a whole sequence has, and how many are left at each depth."""
@@ -101,7 +105,7 @@ class FurtherTokensBuilder:
     def build(self) -> FurtherTokens:
         """What was added; the rest of the slice is padding."""
         factors = self._factors
-        if self._logs_each_token:
+        if self._mean_share is None:
             # There Megatron divides by the weights that it is given.
             factors = factors * np.maximum(self._masks.sum(axis=1, keepdims=True), 1, dtype=np.float32)
         arrays = (self._tokens, self._positions, self._labels, self._weights, factors)

@@ -80,7 +80,7 @@ class StepRunner:
     def batch(self, plan: Plan, sequences: Sequences, reader: SliceReader) -> PlannedBatch:
         """What this rank runs of a plan."""
         micro_batches = reader.read(plan, sequences)
-        return PlannedBatch(sequences.lengths, plan, micro_batches, 0.0, 0.0, len(sequences.lengths))
+        return PlannedBatch(sequences.lengths, plan, micro_batches, 0.0, 0.0, sequences.samples)
 
     def seconds(self, batch: PlannedBatch) -> float:
         """Run one step from a common start; what it took on the slowest rank. Collective."""

@@ -109,7 +109,7 @@ class PackedSource:
             PackedSequence(samples[place], start, int(heads[place, 1]))
             for place, start in zip(owners.tolist(), bounds[:, 0].tolist(), strict=True)
         ]
-        return Sequences(bounds[:, 1], handles)
+        return Sequences(bounds[:, 1], handles, len(samples))
 
     def prepare(self, handles: Iterable[PackedSequence]) -> None:
         """Have these sequences at hand: the next that are read."""

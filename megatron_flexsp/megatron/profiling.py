@@ -185,7 +185,7 @@ class _Measurement:
     def _batch(self, point: Point) -> PlannedBatch:
         settings = self._settings
         plan, lengths = plan_of(point, settings.domain_size, settings.in_rounds)
-        return self._runner.batch(plan, Sequences(lengths, range(len(lengths))), self._text)
+        return self._runner.batch(plan, Sequences(lengths, range(len(lengths)), len(lengths)), self._text)
 
     def _memory_constants(
         self, measured: list[tuple[int, MeasuredBytes]], recomputed: list[tuple[int, MeasuredBytes]]

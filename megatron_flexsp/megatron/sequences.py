@@ -36,10 +36,13 @@ class Sequences:
     handles: Sequence[Any]
     """What their source calls each of them."""
 
+    samples: int
+    """How many samples they are from: as many as sequences, unless a sample holds several."""
+
     def chosen(self, which: NDArray[np.bool_]) -> Sequences:
         """Those of them that are marked."""
         places = np.flatnonzero(which)
-        return Sequences(self.lengths[places], [self.handles[place] for place in places.tolist()])
+        return Sequences(self.lengths[places], [self.handles[place] for place in places.tolist()], len(places))
 
 
 class TokenSource(Protocol):

@@ -65,7 +65,11 @@ class TestSliceReader:
         lengths = source.lengths(np.array(samples))
         texts = [source.read(sample, 0, int(n) + 1) for sample, n in zip(samples, lengths, strict=True)]
         by_rank = [
-            iter(SliceReader(source, rank, slice_multiple, True, None).read(PLAN, Sequences(lengths, samples)))
+            iter(
+                SliceReader(source, rank, slice_multiple, True, None).read(
+                    PLAN, Sequences(lengths, samples, len(samples))
+                )
+            )
             for rank in range(4)
         ]
         for item in PLAN.micro_batches:
@@ -89,8 +93,8 @@ class TestSliceReader:
     def test_reads_no_token_in_the_middle_of_a_pipeline(self, source: SampleSource) -> None:
         samples = range(FIRST_SAMPLE, FIRST_SAMPLE + 6)
         lengths = source.lengths(np.array(samples))
-        full = SliceReader(source, 1, 1, True, None).read(PLAN, Sequences(lengths, samples))
-        bare = SliceReader(source, 1, 1, False, None).read(PLAN, Sequences(lengths, samples))
+        full = SliceReader(source, 1, 1, True, None).read(PLAN, Sequences(lengths, samples, len(samples)))
+        bare = SliceReader(source, 1, 1, False, None).read(PLAN, Sequences(lengths, samples, len(samples)))
         assert len(full) == len(bare) == 2
         for with_tokens, without in zip(full, bare, strict=True):
             assert (without.tokens, without.labels, without.loss_mask) == (None, None, None)

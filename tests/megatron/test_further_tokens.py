@@ -14,11 +14,11 @@ TEXTS = [np.arange(1, length + 2) + 100 * number for number, length in enumerate
 LEARNED = [np.random.default_rng(number).random(len(text)) < 0.6 for number, text in enumerate(TEXTS)]
 
 
-def read(layout: PackLayout, masked: bool, logs_each_token: bool) -> FurtherTokens:
+def read(layout: PackLayout, masked: bool, mean_share: float | None) -> FurtherTokens:
     def learned(sequence: int, length: int) -> np.ndarray | None:
         return LEARNED[sequence][1 : length + 1] if masked else None
 
-    builder = FurtherTokensBuilder(layout, DEPTHS, learned, logs_each_token)
+    builder = FurtherTokensBuilder(layout, DEPTHS, learned, mean_share)
     offset = 0
     for piece in layout.pieces:
         ahead = min(piece.stop + DEPTHS, LENGTHS[piece.sequence])
@@ -36,8 +36,8 @@ def test_slices_hold_what_whole_sequences_roll_to(degree: int, ring_size: int, m
     from megatron.core.transformer.multi_token_prediction import roll_tensor
 
     layouts = [PackLayout(LENGTHS, degree, member, 1, ring_size) for member in range(degree)]
-    slices = [read(layout, masked, logs_each_token=False) for layout in layouts]
-    by_token = [read(layout, masked, logs_each_token=True) for layout in layouts]
+    slices = [read(layout, masked, mean_share=0.5) for layout in layouts]
+    by_token = [read(layout, masked, mean_share=None) for layout in layouts]
     for sequence, (text, mask) in enumerate(zip(TEXTS, LEARNED, strict=True)):
         rolled = [torch.from_numpy(part)[None] for part in (text[:-1], np.arange(len(text) - 1), text[1:])]
         loss_mask = torch.from_numpy(mask[1:] if masked else np.ones(len(text) - 1))[None].float()
@@ -45,7 +45,7 @@ def test_slices_hold_what_whole_sequences_roll_to(degree: int, ring_size: int, m
         for depth in range(DEPTHS):
             rolled = [roll_tensor(part)[0] for part in rolled]
             loss_mask, left = roll_tensor(loss_mask)
-            weights, factors = loss_mask / left.clamp(min=1), loss_mask * labels / left.clamp(min=1)
+            weights, factors = 0.5 * loss_mask / left.clamp(min=1), loss_mask * labels / left.clamp(min=1)
             for layout, further, other in zip(layouts, slices, by_token, strict=True):
                 offset = 0
                 for piece in layout.pieces:
