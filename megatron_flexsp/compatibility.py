@@ -126,8 +126,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         subject="--use-varlen-dataset",
         reason="it is another way to do what FlexSP does; use one of them",
         # Without it the run reads another data set.
-        remedy="Take it out, or add --flexsp-samples packed to plan what it reads",
-        applies=lambda args: getattr(args, "use_varlen_dataset", False) and not _packed(args),
+        applies=lambda args: getattr(args, "use_varlen_dataset", False),
     ),
     Refusal(
         flags=("--calculate-per-token-loss",),

@@ -130,12 +130,8 @@ def _numbers(sample: Mapping[str, Any], name: str, whole: bool = True) -> NDArra
 def _bounds(sample: Mapping[str, Any], total: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where each sequence begins and how many tokens it has; some may have none, as in padded ``cu_seqlens``.
 
-    With ``cu_seqlens_padded`` sequence i begins where that says, and has as many tokens as ``cu_seqlens`` says. A
-    sample of the dev branch's VarlenDataset is one sequence, padded at its end.
+    With ``cu_seqlens_padded`` sequence i begins where that says, and has as many tokens as ``cu_seqlens`` says.
     """
-    if "cu_seqlens" not in sample and "original_seq_len" in sample:
-        count = int(_numbers(sample, "original_seq_len")[0])
-        sample = {"cu_seqlens": np.array([0, count])}
     ends = _ends(sample, "cu_seqlens", total)
     starts, lengths = ends[:-1], np.diff(ends)
     if sample.get("cu_seqlens_padded") is not None:

@@ -69,7 +69,11 @@ PIPELINE = ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pip
 
 @pytest.mark.parametrize(
     ("nproc", "model", "stages", "multiple"),
-    [(4, (*LLAMA, *PIPELINE), 2, 2), (2, (*MOE, *TWO_PARTS, "--flexsp-recompute"), 1, 1), (2, (*LLAMA, *SHARDED), 1, 1)],
+    [
+        (4, (*LLAMA, *PIPELINE), 2, 2),
+        (2, (*MOE, *TWO_PARTS, "--flexsp-recompute"), 1, 1),
+        (2, (*LLAMA, *SHARDED), 1, 1),
+    ],
     ids=["interleaved pipeline", "experts on two ranks", "FSDP"],
 )
 def test_a_job_whose_ranks_depend_on_each_other_measures_itself(

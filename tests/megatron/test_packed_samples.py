@@ -77,12 +77,6 @@ def test_an_untouched_sample_is_taken() -> None:
     assert (found.starts.tolist(), found.lengths.tolist()) == ([0, 2], [2, 3])
 
 
-def test_a_sample_of_the_dev_branch_is_one_sequence() -> None:
-    lengths = {"original_seq_len": torch.tensor([5]), "padded_seq_len": torch.tensor([6])}
-    found = unpack(sample(cu_seqlens=None, position_ids=np.arange(6)) | lengths, WHOLE)
-    assert (found.starts.tolist(), found.lengths.tolist()) == ([0], [5])
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
