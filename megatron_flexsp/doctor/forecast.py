@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -176,9 +176,11 @@ def _examine_plan(
     batch = generator.choice(corpus.sequences, size, replace=size > len(corpus.sequences))
     request = replace(plan_request(settings, cost_model, capacity, narrowest), time_limit_seconds=_SECONDS_A_PLAN)
     made = request.make(batch)
-    degrees = Counter(item.degree for item in made.micro_batches if not item.is_filler)
-    text = ", ".join(f"{count} x {degree}" for degree, count in sorted(degrees.items(), reverse=True))
-    plan = f"micro-batches of each degree in one batch: {text}; {made.predicted_seconds:.3g} s predicted"
+    kinds = [(item.degree, item.recomputed) for item in made.micro_batches if not item.is_filler]
+    plan = f"micro-batches of each degree in one batch: {_counted(degree for degree, _ in kinds)}"
+    if settings.recompute:
+        plan += f"; recomputed: {_counted(degree for degree, recomputed in kinds if recomputed) or 'none'}"
+    plan += f"; {made.predicted_seconds:.3g} s predicted"
     if settings.schedule in ("static", "batch-adaptive"):
         return ok("plan", plan)
     divisors = [degree for degree in settings.degrees if degree >= narrowest and settings.domain_size % degree == 0]
@@ -191,6 +193,11 @@ def _examine_plan(
     if gain < _WORTH_IT:
         return warning("plan", found, f"there is little to gain on this data; {advice}")
     return ok("plan", f"{found}; {advice}")
+
+
+def _counted(degrees: Iterable[int]) -> str:
+    """How often each degree occurs, widest first."""
+    return ", ".join(f"{count} x {degree}" for degree, count in sorted(Counter(degrees).items(), reverse=True))
 
 
 def _in_two(message: str) -> tuple[str, str]:

@@ -57,6 +57,7 @@ def examine_job(request: Request, say: Say) -> Iterator[Finding]:
     if settings is None:
         return
     yield from _guarded("shape", _examine_shape(args, settings))
+    yield from _guarded("recompute", _examine_recomputation(args))
     yield from _guarded("model", examine_kernels(args, cpu=request.cpu))
     yield from _guarded("steps", data.examine_steps(args))
     vocabulary = vocabulary_size(args)
@@ -232,3 +233,25 @@ def _examine_shape(args: argparse.Namespace, settings: arguments.Settings) -> Ge
     if left_out and args.flexsp_degrees is None and args.flexsp_static_degree is None:
         found += f"; not offered, for heads or bandwidths: {', '.join(map(str, left_out))}"
     yield ok("degrees", found)
+
+
+def _examine_recomputation(args: argparse.Namespace) -> Generator[Finding, None, None]:
+    """Whether everything is recomputed where single micro-batches could be."""
+    instead = recomputation.in_place_of_full(args)
+    if instead is None:
+        return
+    try:
+        recomputation.check_release(instead)
+    except FlexSPError:
+        return
+    held = args.flexsp_max_tokens_per_rank
+    remedy = "put --flexsp-recompute in its place and in that of --recompute-method and --recompute-num-layers"
+    if held is not None:
+        remedy += (
+            f", with --flexsp-max-recomputed-tokens-per-rank {held}, and lower --flexsp-max-tokens-per-rank to what "
+            "fits without recomputing; or leave both numbers to a cost model that --flexsp-profile FILE "
+            "--flexsp-recompute has measured"
+        )
+    elif args.flexsp_cost_model is not None:
+        remedy += ", and measure the cost model again with --flexsp-profile FILE --flexsp-recompute"
+    yield warning("recompute", "--recompute-granularity full recomputes what fits without, too", remedy)

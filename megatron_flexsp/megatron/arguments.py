@@ -167,6 +167,8 @@ class Settings:
     max_tokens_per_rank: int | None
     recompute: bool
     """Whether plans may have micro-batches that recompute their activations."""
+    recomputes_everything: bool
+    """Whether all micro-batches do, by Megatron's own flag."""
     max_recomputed_tokens_per_rank: int | None
     exchange_parts: int
     """In how many parts heads are exchanged, at most."""
@@ -328,6 +330,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         cost_model=cost_model,
         max_tokens_per_rank=args.flexsp_max_tokens_per_rank,
         recompute=args.flexsp_recompute,
+        recomputes_everything=args.recompute_granularity == "full",
         max_recomputed_tokens_per_rank=args.flexsp_max_recomputed_tokens_per_rank,
         exchange_parts=args.flexsp_exchange_parts,
         samples=args.flexsp_samples,

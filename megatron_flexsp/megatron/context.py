@@ -234,10 +234,10 @@ def narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in
         if longest <= degree * slice_capacity:
             return degree
     widest = max(degrees, default=1)
+    capacity_flag, last_way_out = "--flexsp-max-tokens-per-rank", "or use more ranks"
     if settings.recompute:
-        capacity_flag, last_way_out = "--flexsp-max-recomputed-tokens-per-rank", "or use more ranks"
-    else:
-        capacity_flag = "--flexsp-max-tokens-per-rank"
+        capacity_flag = "--flexsp-max-recomputed-tokens-per-rank"
+    elif not settings.recomputes_everything:
         last_way_out = "use more ranks, or recompute activations where they don't fit (--flexsp-recompute)"
     raise FlexSPError(
         f"{longest_in}: a sequence of {longest:,} tokens doesn't fit. The widest group has {widest} ranks with "

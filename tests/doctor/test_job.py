@@ -68,8 +68,27 @@ def test_what_is_held_where_activations_are_recomputed(examine: Examine) -> None
         "24 tokens a rank and micro-batch, 48 where activations are recomputed; the widest group, 8 ranks, holds 384; "
         "the longest sequence, 48 tokens, needs 1"
     )
+    assert "in one batch: 24 x 1; recomputed: 2 x 1; " in found["plan"][0].found
+    assert "recompute" not in found
     (problem,) = errors(examine("--flexsp-recompute --recompute-granularity full --recompute-method uniform"))[:1]
     assert "everything is recomputed already" in problem.found
+
+
+def test_recomputing_everything_where_single_micro_batches_could_be(
+    examine: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    found = examine(full)
+    assert not errors(found)
+    assert found["recompute"][0].status == "warning"
+    assert "with --flexsp-max-recomputed-tokens-per-rank 24, and lower" in found["recompute"][0].remedy
+    assert "recomputed" not in found["plan"][0].found
+    # A Megatron that recomputes further tokens by no way.
+    from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+
+    monkeypatch.setattr(MultiTokenPredictionLayer, "_checkpointed_forward", lambda self, forward_func: None)
+    (problem,) = errors(examine(f"{full} --mtp-num-layers 1"))
+    assert (problem.check, "can't recompute further tokens" in problem.found) == ("shape", True)
 
 
 def test_what_flexsp_refuses_and_what_megatron_does_not_know(examine: Examine) -> None:
@@ -109,6 +128,7 @@ def test_sequences_that_no_group_holds(examine: Examine) -> None:
     assert "a sequence of 48 tokens doesn't fit" in problem.found
     assert "8 ranks with 5 tokens each, 40 in all" in problem.found
     assert "lower --seq-length" in problem.remedy
+    assert "--flexsp-recompute" in problem.remedy
 
 
 def test_what_overlong_documents_lose(examine: Examine) -> None:

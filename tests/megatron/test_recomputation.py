@@ -123,11 +123,14 @@ class TestCapacity:
 
     def test_the_error_names_the_flag_that_holds_more(self) -> None:
         values: Any = {"slice_multiple": 1, "degrees": (1, 2), "schedule": "nested", "domain_size": 2}
-        for recompute, way_out in (
-            (False, r"raise --flexsp-max-tokens-per-rank .* recompute .* \(--flexsp-recompute\)"),
-            (True, "raise --flexsp-max-recomputed-tokens-per-rank"),
+        values |= {"recompute": False, "recomputes_everything": False}
+        plain = "raise --flexsp-max-tokens-per-rank .*"
+        for given, way_out in (
+            ({}, rf"{plain} recompute .* \(--flexsp-recompute\)"),
+            ({"recomputes_everything": True}, f"{plain}, or use more ranks$"),
+            ({"recompute": True}, "raise --flexsp-max-recomputed-tokens-per-rank .*, or use more ranks$"),
         ):
-            settings: Any = SimpleNamespace(recompute=recompute, **values)
+            settings: Any = SimpleNamespace(**{**values, **given})
             assert narrowest_degree(settings, 10, 20, "data") == 2
             with pytest.raises(FlexSPError, match=f"2 ranks with 10 tokens each, 20 in all.* {way_out}"):
                 narrowest_degree(settings, 10, 21, "data")
