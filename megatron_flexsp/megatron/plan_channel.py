@@ -23,6 +23,9 @@ from megatron_flexsp.runtime import Hosts
 PLANNING_RANK = 0
 """The root of the tree that plans travel along."""
 
+_LISTED_RANKS = 16
+"""So many ranks are named in a message."""
+
 _DIFFERENCES = (
     (
         "the lengths of the sequences in this batch",
@@ -153,4 +156,10 @@ class PlanChannel:
             if not int(agreed[kind]):
                 verdicts = self._hosts.gather(same[kind])
                 others = [rank for rank, verdict in enumerate(verdicts) if not verdict]
-                raise FlexSPError(f"rank(s) {others} differ from rank {PLANNING_RANK} in {what}. {remedy}")
+                raise FlexSPError(f"rank(s) {_listed(others)} differ from rank {PLANNING_RANK} in {what}. {remedy}")
+
+
+def _listed(ranks: list[int]) -> str:
+    """The first of the ranks, and how many there are beside them: it may be all of thousands that differ from one."""
+    beyond = len(ranks) - _LISTED_RANKS
+    return f"{ranks[:_LISTED_RANKS]}" + (f" and {beyond:,} more" if beyond > 0 else "")

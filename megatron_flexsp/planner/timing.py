@@ -51,18 +51,27 @@ def step_seconds(plan: Plan, lengths: ArrayLike, cost_model: CostModel, *, pipel
     stage's time each of them adds (``CostModel.pipeline_fill_share``).
     """
     seconds = micro_batch_seconds(plan, lengths, cost_model).tolist()
-    further_stages = cost_model.stages_counted(pipeline_stages) - 1
+    return _step_seconds(plan, seconds, cost_model.stages_counted(pipeline_stages) - 1)
+
+
+def _step_seconds(plan: Plan, seconds: list[float], further_stages: float) -> float:
+    """The same, from the seconds of each micro-batch. Plain lists: most micro-batches are on one rank."""
     if plan.schedule == "lockstep":
         in_order = iter(seconds)
         lasting = [max(next(in_order) for _ in members) for members in rounds(plan)]
         return float(sum(lasting) + further_stages * max(lasting))
-    free_at = np.zeros(plan.domain_size)
-    longest = np.zeros(plan.domain_size)
+    free_at = [0.0] * plan.domain_size
+    longest = [0.0] * plan.domain_size
     for item, duration in zip(plan.micro_batches, seconds, strict=True):
-        ranks = slice(item.first_rank, item.first_rank + item.degree)
-        free_at[ranks] = free_at[ranks].max() + duration
-        longest[ranks] = np.maximum(longest[ranks], duration)
-    return float((free_at + further_stages * longest).max())
+        first = item.first_rank
+        if item.degree == 1:
+            free_at[first] += duration
+            longest[first] = max(longest[first], duration)
+        else:
+            ranks = slice(first, first + item.degree)
+            free_at[ranks] = [max(free_at[ranks]) + duration] * item.degree
+            longest[ranks] = [max(before, duration) for before in longest[ranks]]
+    return max(free + further_stages * most for free, most in zip(free_at, longest, strict=True))
 
 
 def balance(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -> float:
@@ -70,10 +79,10 @@ def balance(plan: Plan, lengths: ArrayLike, cost_model: CostModel) -> float:
 
     Fillers do not count: a rank that runs only padding is idle in truth. A step of 0 seconds counts as 1.
     """
-    step = step_seconds(plan, lengths, cost_model)
+    seconds = micro_batch_seconds(plan, lengths, cost_model).tolist()
+    step = _step_seconds(plan, seconds, further_stages=0)
     if step == 0:
         return 1.0
-    seconds = micro_batch_seconds(plan, lengths, cost_model).tolist()
     busy = sum(
         item.degree * duration for item, duration in zip(plan.micro_batches, seconds, strict=True) if not item.is_filler
     )

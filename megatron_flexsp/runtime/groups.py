@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,19 @@ class SequenceGroup:
         """This rank's block in the ring."""
         return self.member // self.block_size
 
+    @cached_property
+    def _ring_neighbours(self) -> tuple[int, int]:
+        """Global ranks of this rank's place in the ring's next block and in the one before.
+
+        Kept, since PyTorch goes through all ranks of a group for each answer, and every step of a ring asks.
+        """
+        assert self.process_group is not None
+        following, previous = (
+            dist.get_global_rank(self.process_group, (self.member + step * self.block_size) % self.degree)
+            for step in (1, -1)
+        )
+        return following, previous
+
     def begin_exchange_in_block(self, outgoing: Tensor, aside: bool) -> PendingExchange:
         """Begin to send row ``i`` of ``outgoing``, ``[block_size, ...]``, to the block's rank ``i``.
 
@@ -58,8 +72,8 @@ class SequenceGroup:
         incoming = torch.empty(outgoing.shape, dtype=outgoing.dtype, device=outgoing.device)
         rows = None
         if self.ring_size > 1:
-            first = self.block * self.block_size
-            rows = [int(first <= member < first + self.block_size) for member in range(self.degree)]
+            before = self.block * self.block_size
+            rows = [0] * before + [1] * self.block_size + [0] * (self.degree - self.block_size - before)
         work = dist.all_to_all_single(incoming, outgoing, rows, rows, group=self.process_group, async_op=aside)
         return PendingExchange(incoming, outgoing, work)
 
@@ -72,11 +86,7 @@ class SequenceGroup:
 
         Blocks trade between ranks of the same place. Tensors must be dense, and like those of all other blocks.
         """
-        assert self.process_group is not None
-        following, previous = (
-            dist.get_global_rank(self.process_group, (self.member + step * self.block_size) % self.degree)
-            for step in (1, -1)
-        )
+        following, previous = self._ring_neighbours
         incoming = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in outgoing)
         works = dist.batch_isend_irecv(
             [
