@@ -1,75 +1,14 @@
-"""The flags of a Megatron job that don't go with FlexSP: which, why, and what to do. Needs neither torch nor Megatron.
-
-One table for the launcher, which refuses at start-up, and for ``flexsp convert`` and ``flexsp doctor``, which read a
-job's arguments before it is started. In: an ``argparse`` namespace with Megatron's names, Megatron's defaults where a
-flag isn't given. Out: the entries that apply.
-"""
+"""What no job may have, whatever its model."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True, kw_only=True)
-class Refusal:
-    """Something in a job's arguments that FlexSP can't be combined with."""
-
-    flags: tuple[str, ...]
-    """Every command line flag that can bring it about; the first is the one to name."""
-
-    subject: str
-    """What is refused, in the words of an error message: flags, and the values that matter."""
-
-    reason: str
-
-    remedy: str = ""
-    """What to do, as sentences; empty where there is nothing but to leave the flag out or FlexSP off."""
-
-    mendable: bool = False
-    """Whether setting or taking out the flags leaves the job what it was, so that ``flexsp convert`` may do it."""
-
-    applies: Callable[[argparse.Namespace], object]
-    """Whether a job has it; any true or false value."""
-
-    @property
-    def message(self) -> str:
-        """One line: subject, reason and remedy."""
-        return f"{self.subject}: {self.reason}" + (f". {self.remedy}" if self.remedy else "")
-
-
-def refusals(args: argparse.Namespace) -> list[Refusal]:
-    """What of a job's arguments doesn't go with FlexSP, in the table's order.
-
-    Parameters
-    ----------
-    args
-        Megatron's arguments, as parsed and not yet validated. Names that only some Megatron versions have may be
-        missing.
-    """
-    table = JOB_REFUSALS
-    if args.num_experts:
-        table += EXPERT_REFUSALS
-    if _recomputes_some(args):
-        table += RECOMPUTE_REFUSALS
-    return [entry for entry in table if entry.applies(args)]
+from megatron_flexsp.compatibility.refusal import Refusal
 
 
 def _local(args: argparse.Namespace) -> bool:
     return bool(args.transformer_impl == "local")
-
-
-def load_balancing_types(args: argparse.Namespace) -> set[str]:
-    """The job's ``--moe-router-load-balancing-type``, one or several."""
-    chosen = args.moe_router_load_balancing_type
-    return {chosen} if isinstance(chosen, str) else set(chosen)
-
-
-def _flex_backend(args: argparse.Namespace) -> str:
-    if args.moe_token_dispatcher_type != "flex":
-        return ""
-    return str(getattr(args, "moe_flex_dispatcher_backend", "deepep"))
 
 
 def _packed(args: argparse.Namespace) -> bool:
@@ -79,11 +18,6 @@ def _packed(args: argparse.Namespace) -> bool:
 
 def _delayed_scaling(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "fp8", None)) and getattr(args, "fp8_recipe", "delayed") == "delayed"
-
-
-def _recomputes_some(args: argparse.Namespace) -> bool:
-    """Whether plans may recompute single micro-batches."""
-    return bool(getattr(args, "flexsp_recompute", False))
 
 
 JOB_REFUSALS: tuple[Refusal, ...] = (
@@ -402,121 +336,5 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         subject="--phase-transition-iterations",
         reason="it is not supported",
         applies=lambda args: args.phase_transition_iterations,
-    ),
-)
-
-EXPERT_REFUSALS = (
-    Refusal(
-        flags=("--moe-router-load-balancing-type",),
-        subject="--moe-router-load-balancing-type sinkhorn and quantile_balancing",
-        reason="where a token goes would depend on the tokens beside it, and so on the plan",
-        remedy="Use aux_loss, seq_aux_loss, global_aux_loss or none",
-        applies=lambda args: load_balancing_types(args) & {"sinkhorn", "quantile_balancing"},
-    ),
-    Refusal(
-        flags=("--moe-expert-capacity-factor", "--moe-expert-rank-capacity-factor"),
-        subject="--moe-expert-capacity-factor and --moe-expert-rank-capacity-factor",
-        reason="which tokens are dropped would depend on the plan",
-        remedy="Take them out: no token is dropped then",
-        applies=lambda args: (
-            (args.moe_expert_capacity_factor or -1) >= 0
-            or getattr(args, "moe_expert_rank_capacity_factor", None) is not None
-        ),
-    ),
-    Refusal(
-        flags=("--moe-input-jitter-eps",),
-        subject="--moe-input-jitter-eps",
-        reason="the noise would depend on the plan",
-        applies=lambda args: args.moe_input_jitter_eps,
-    ),
-    Refusal(
-        flags=("--moe-enable-routing-replay",),
-        subject="--moe-enable-routing-replay",
-        reason="a recorded route is one of Megatron's own micro-batches",
-        applies=lambda args: getattr(args, "moe_enable_routing_replay", False),
-    ),
-    Refusal(
-        flags=("--overlap-moe-expert-parallel-comm",),
-        subject="--overlap-moe-expert-parallel-comm",
-        reason="it runs layers of two micro-batches by turns, and they may differ in length",
-        # It changes speed alone.
-        mendable=True,
-        applies=lambda args: getattr(args, "overlap_moe_expert_parallel_comm", False),
-    ),
-    Refusal(
-        flags=("--moe-flex-dispatcher-backend",),
-        subject="--moe-flex-dispatcher-backend ncclep",
-        reason="its buffers have one size, micro-batches have many",
-        applies=lambda args: _flex_backend(args) == "ncclep",
-    ),
-    Refusal(
-        flags=("--moe-flex-dispatcher-backend",),
-        subject="--moe-flex-dispatcher-backend hybridep without --moe-hybridep-pad-uneven-dispatch-inputs (Megatron "
-        "0.19)",
-        reason="it takes for granted that all ranks have equally many tokens",
-        applies=lambda args: (
-            _flex_backend(args) == "hybridep"
-            and not getattr(args, "moe_hybridep_pad_uneven_dispatch_inputs", False)
-            and not getattr(args, "moe_hybridep_pad_variable_tokens", False)  # its name on the dev branch
-        ),
-    ),
-    Refusal(
-        flags=("--moe-n-hash-layers",),
-        subject="--moe-n-hash-layers",
-        reason="it is not tried yet",
-        applies=lambda args: getattr(args, "moe_n_hash_layers", 0),
-    ),
-    Refusal(
-        flags=("--sequence-parallel",),
-        subject="--num-experts with --tensor-model-parallel-size > 1 and no --sequence-parallel",
-        reason="Megatron doesn't train it",
-        remedy="Add --sequence-parallel",
-        applies=lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
-    ),
-    Refusal(
-        flags=("--fp8-format",),
-        subject="--num-experts with --fp8-format and recomputed experts",
-        reason="Transformer Engine's recomputation doesn't tell a router which micro-batch is running",
-        applies=lambda args: (
-            (args.recompute_granularity == "full" or "moe" in (args.recompute_modules or ()) or _recomputes_some(args))
-            and getattr(args, "fp8", None)
-        ),
-    ),
-)
-
-RECOMPUTE_REFUSALS = (
-    Refusal(
-        flags=("--recompute-granularity",),
-        subject="--flexsp-recompute with --recompute-granularity full",
-        reason="everything is recomputed already",
-        remedy="Take --recompute-granularity out, and --recompute-method and --recompute-num-layers with it; "
-        "--flexsp-max-tokens-per-rank is then what fits without",
-        applies=lambda args: args.recompute_granularity == "full",
-    ),
-    Refusal(
-        flags=("--recompute-modules", "--moe-layer-recompute"),
-        subject="--flexsp-recompute with --recompute-modules other than core_attn",
-        reason="Megatron doesn't recompute these inside of layers that are recomputed",
-        remedy="Leave core_attn, or take --flexsp-recompute out",
-        applies=lambda args: (
-            getattr(args, "moe_layer_recompute", False)
-            or (args.recompute_granularity == "selective" and set(args.recompute_modules or ()) - {"core_attn"})
-        ),
-    ),
-    Refusal(
-        flags=("--cpu-offloading-num-layers",),
-        subject="--flexsp-recompute with --cpu-offloading-num-layers",
-        reason="Megatron doesn't offload layers that are recomputed",
-        remedy="Take one of them out",
-        applies=lambda args: (
-            getattr(args, "cpu_offloading", False) or (getattr(args, "cpu_offloading_num_layers", None) or 0) > 0
-        ),
-    ),
-    Refusal(
-        flags=("--distribute-saved-activations",),
-        subject="--flexsp-recompute with --distribute-saved-activations",
-        reason="Megatron distributes them only where it recomputes everything",
-        remedy="Use --sequence-parallel, which does so with all activations",
-        applies=lambda args: getattr(args, "distribute_saved_activations", False),
     ),
 )

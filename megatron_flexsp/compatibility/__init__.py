@@ -1,0 +1,34 @@
+"""The flags of a Megatron job that don't go with FlexSP: which, why, and what to do. Needs neither torch nor Megatron.
+
+Tables for the launcher, which refuses at start-up, and for ``flexsp convert`` and ``flexsp doctor``, which read a
+job's arguments before it is started. In: an ``argparse`` namespace with Megatron's names, Megatron's defaults where a
+flag isn't given. Out: the entries that apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_flexsp.compatibility.experts import EXPERT_REFUSALS, load_balancing_types
+from megatron_flexsp.compatibility.jobs import JOB_REFUSALS
+from megatron_flexsp.compatibility.recomputation import RECOMPUTE_REFUSALS, recomputes_some
+from megatron_flexsp.compatibility.refusal import Refusal
+
+__all__ = ["EXPERT_REFUSALS", "JOB_REFUSALS", "RECOMPUTE_REFUSALS", "Refusal", "load_balancing_types", "refusals"]
+
+
+def refusals(args: argparse.Namespace) -> list[Refusal]:
+    """What of a job's arguments doesn't go with FlexSP, in the tables' order.
+
+    Parameters
+    ----------
+    args
+        Megatron's arguments, as parsed and not yet validated. Names that only some Megatron versions have may be
+        missing.
+    """
+    table = JOB_REFUSALS
+    if args.num_experts:
+        table += EXPERT_REFUSALS
+    if recomputes_some(args):
+        table += RECOMPUTE_REFUSALS
+    return [entry for entry in table if entry.applies(args)]

@@ -1,0 +1,50 @@
+"""What can't be combined with ``--flexsp-recompute``."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_flexsp.compatibility.refusal import Refusal
+
+
+def recomputes_some(args: argparse.Namespace) -> bool:
+    """Whether plans may recompute single micro-batches."""
+    return bool(getattr(args, "flexsp_recompute", False))
+
+
+RECOMPUTE_REFUSALS = (
+    Refusal(
+        flags=("--recompute-granularity",),
+        subject="--flexsp-recompute with --recompute-granularity full",
+        reason="everything is recomputed already",
+        remedy="Take --recompute-granularity out, and --recompute-method and --recompute-num-layers with it; "
+        "--flexsp-max-tokens-per-rank is then what fits without",
+        applies=lambda args: args.recompute_granularity == "full",
+    ),
+    Refusal(
+        flags=("--recompute-modules", "--moe-layer-recompute"),
+        subject="--flexsp-recompute with --recompute-modules other than core_attn",
+        reason="Megatron doesn't recompute these inside of layers that are recomputed",
+        remedy="Leave core_attn, or take --flexsp-recompute out",
+        applies=lambda args: (
+            getattr(args, "moe_layer_recompute", False)
+            or (args.recompute_granularity == "selective" and set(args.recompute_modules or ()) - {"core_attn"})
+        ),
+    ),
+    Refusal(
+        flags=("--cpu-offloading-num-layers",),
+        subject="--flexsp-recompute with --cpu-offloading-num-layers",
+        reason="Megatron doesn't offload layers that are recomputed",
+        remedy="Take one of them out",
+        applies=lambda args: (
+            getattr(args, "cpu_offloading", False) or (getattr(args, "cpu_offloading_num_layers", None) or 0) > 0
+        ),
+    ),
+    Refusal(
+        flags=("--distribute-saved-activations",),
+        subject="--flexsp-recompute with --distribute-saved-activations",
+        reason="Megatron distributes them only where it recomputes everything",
+        remedy="Use --sequence-parallel, which does so with all activations",
+        applies=lambda args: getattr(args, "distribute_saved_activations", False),
+    ),
+)
