@@ -137,7 +137,8 @@ def _launch(script: Script, command: Command, place: int, name: str, data: bytes
         return Other(
             line,
             base,
-            "it has data sets of its own: FlexSP's are Megatron's documents or, under --sft, conversations",
+            "it has data sets of its own: where their samples have cu_seqlens, add --flexsp --flexsp-samples packed to "
+            "its arguments by hand",
         )
     if program in ("deepspeed", "accelerate", "horovodrun", "colossalai"):
         return Other(
