@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=2, help="global batches under every schedule (%(default)s)")
+    parser.add_argument("--batches", type=int, default=3, help="global batches under every schedule (%(default)s)")
     parser.add_argument("--documents-per-step", type=int, default=128, help="of the Wikipedia mix (%(default)s)")
     parser.add_argument("--mixes", nargs="+", choices=("files", "wikipedia"), default=["files", "wikipedia"])
     parser.add_argument(
