@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 
 from megatron_flexsp.planner.bounds import least_rounds, lockstep_count_bounds
 from megatron_flexsp.planner.exchange import exchange
@@ -70,10 +69,9 @@ def search_rounds(
     Rounds, the longest first; their step; and whether the deadline cut the search short.
     """
     state = _Search(problem, bound_seconds, deadline)
-    counts = lockstep_count_bounds(problem, least_rounds(problem), _COUNTS, state.seconds)
-    for count, least_seconds in sorted(counts.items(), key=lambda item: item[1]):
+    for least_seconds, recomputed in sorted(_starts(problem, state.seconds)):
         if least_seconds < state.seconds:
-            _try_count(state, count, max(bound_seconds, least_seconds))
+            _try_start(state, recomputed, max(bound_seconds, least_seconds))
     _try_random_lengths(state, seed)
     _choose_groups_again(state, seed)
     if not state.is_over:
@@ -89,6 +87,8 @@ class _Search:
         self.bound_seconds = bound_seconds
         self.deadline = deadline
         self.passes_left = max(_FEWEST_PASSES, min(_MOST_PASSES, _PLACEMENTS // len(problem.tokens)))
+        if problem.recomputing is not None:
+            self.passes_left *= 2  # there is as much again to try
         started = time.monotonic()
         self.best = in_order(problem, _first_rounds(problem))
         self._pass_seconds = time.monotonic() - started
@@ -163,18 +163,29 @@ def _needs_recomputing(problem: Problem) -> bool:
     return problem.tokens[-1] > problem.pack_tokens(problem.degrees[-1])
 
 
-def _kinds(problem: Problem, count: int) -> Iterator[list[bool]]:
-    """Which of so many rounds to recompute, for a start: the longest, if any."""
-    if not _needs_recomputing(problem):
-        yield [False] * count
+def _starts(problem: Problem, limit_seconds: float) -> Iterator[tuple[float, list[bool]]]:
+    """How many rounds there may be, and which of them are recomputed, longest first: none, the longest, or all.
+
+    Each with what it takes at least, so far as such a bound is known. Those that take more than the limit are left out.
+    """
+
+    def counts(of: Problem) -> Iterator[tuple[int, float]]:
+        yield from lockstep_count_bounds(of, least_rounds(of), _COUNTS, limit_seconds).items()
+
+    for count, least_seconds in counts(problem):
+        if not _needs_recomputing(problem):
+            yield least_seconds, [False] * count
+        if problem.recomputing is not None:
+            yield least_seconds, [True] + [False] * (count - 1)
     if problem.recomputing is not None:
-        yield [True] + [False] * (count - 1)
+        for count, least_seconds in counts(problem.recomputing):
+            yield least_seconds, [True] * count
 
 
-def _try_count(state: _Search, count: int, least_seconds: float) -> None:
-    """Try so many rounds in several proportions of their lengths, and bisect the step a little where that helps."""
+def _try_start(state: _Search, recomputed: list[bool], least_seconds: float) -> None:
+    """Try such rounds in several proportions of their lengths, and bisect the step a little where that helps."""
     problem = state.problem
-    for proportions, recomputed in product(_proportions(problem, count), _kinds(problem, count)):
+    for proportions in _proportions(problem, len(recomputed)):
         gap = state.seconds - least_seconds
         if not state.has_passes or gap <= 0:
             return
