@@ -23,9 +23,10 @@ def ranks_that_end_early(
 ) -> NDArray[np.int64]:
     """The ranks that share one of their last micro-batches with a rank that runs more than they do.
 
-    These need ``count_multiple`` fillers more. That costs no time: whoever goes on runs at least as many
-    micro-batches, none of which takes less than a filler, and fillers added for one rank give no other rank
-    this trouble, since all members of a micro-batch that one of them outlasts get theirs.
+    These need ``count_multiple`` fillers more. Where that is one, it costs no time: such a rank's last micro-batch is
+    the shared one, and whoever goes on takes no less than a filler. Where it is more, a rank may have run long ones of
+    its own since, and ends later for its fillers. Fillers added for one rank give no other rank this trouble, since all
+    members of a micro-batch that one of them outlasts get theirs.
     """
     edges = np.zeros(domain_size + 1, dtype=np.int64)
     for item in micro_batches:

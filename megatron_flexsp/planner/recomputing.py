@@ -51,5 +51,7 @@ def degrees_of_recomputed(
     is_needed = np.isinf(cheapest_kept)
     if (is_needed & np.isinf(cheapest_again)).any():
         return None
-    pays = is_needed | (cheapest_again * price < cheapest_kept)
+    pays = is_needed
+    if price < np.inf:
+        pays = pays | (cheapest_again * price < cheapest_kept)
     return {first + int(index): problem.degrees[best[index]] for index in np.flatnonzero(pays)}

@@ -106,11 +106,16 @@ def plan(
 
     def planned(problem: Problem, schedule: str, deadline: float) -> Plan:
         answer = _solve(problem, schedule, deadline, seed)
-        micro_batches = _with_endings(problem, answer.micro_batches)
-        bound_seconds = answer.bound_seconds
-        found = Plan(problem.domain_size, schedule, micro_batches, math.nan, bound_seconds, math.nan, "heuristic")
+        found = Plan(
+            problem.domain_size, schedule, answer.micro_batches, math.nan, answer.bound_seconds, math.nan, "heuristic"
+        )
         seconds = step_seconds(found, lengths, cost_model, pipeline_stages=pipeline_stages)
-        return _with_prediction(found, answer, seconds)
+        if answer.is_best:  # of all plans, whatever they must end with
+            answer = replace(answer, bound_seconds=seconds)
+        ended = replace(found, micro_batches=_with_endings(problem, answer.micro_batches))
+        if ended != found:
+            seconds = step_seconds(ended, lengths, cost_model, pipeline_stages=pipeline_stages)
+        return _with_prediction(ended, answer, seconds)
 
     if schedule == "static":
         found = planned(_static_problems(problem)[0], "static", deadline)
@@ -128,7 +133,7 @@ class _Answer:
     micro_batches: tuple[MicroBatch, ...]
     bound_seconds: float
     is_best: bool
-    """Whether all plans were looked through, so that there is no better one."""
+    """Whether all plans were looked through, so that there is no better one before ``_with_endings``."""
 
     is_cut_short: bool
     """Whether the time limit ended the search."""
@@ -163,7 +168,7 @@ def _lockstep(problem: Problem, deadline: float, seed: int) -> _Answer:
 
 def _with_prediction(found: Plan, answer: _Answer, predicted_seconds: float) -> Plan:
     """The plan with its step predicted, and its status drawn from the answer's bound."""
-    bound_seconds = predicted_seconds if answer.is_best else min(answer.bound_seconds, predicted_seconds)
+    bound_seconds = min(answer.bound_seconds, predicted_seconds)
     status = "heuristic" if answer.is_cut_short else "feasible"
     return _with_bound(replace(found, predicted_seconds=predicted_seconds, status=status), bound_seconds)
 
@@ -175,7 +180,7 @@ def _with_bound(plan: Plan, bound_seconds: float) -> Plan:
 
 
 def _with_endings(problem: Problem, micro_batches: tuple[MicroBatch, ...]) -> tuple[MicroBatch, ...]:
-    """The micro-batches, and the fillers with which ranks must end (``endings``); they cost no time."""
+    """The micro-batches, and the fillers with which ranks must end (``endings``)."""
     ranks = ranks_that_end_early(micro_batches, problem.domain_size, problem.count_multiple)
     fillers = [MicroBatch(int(rank), 1, ()) for rank in ranks for _ in range(problem.count_multiple)]
     return (*micro_batches, *fillers)

@@ -1,5 +1,7 @@
 """On tiny batches the planner finds the optimum, and no bound lies above it."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from megatron_flexsp.planner import CostModel, legal_degrees, plan
 from megatron_flexsp.planner.bounds import lockstep_bound_seconds, simple_bound_seconds
 from megatron_flexsp.planner.nested_bound import nested_bound_seconds
 from megatron_flexsp.planner.problem import make_problem
+from megatron_flexsp.planner.recomputing import degrees_of_recomputed
 from tests.planner.brute_force import best_seconds
 
 INSTANCES = 150
@@ -95,3 +98,39 @@ def test_plan_that_may_recompute_is_the_optimum_and_no_bound_is_above_it(schedul
     problem = make_problem(lengths, cost_model, domain_size, degrees=degrees, **settings)
     bound = lockstep_bound_seconds if schedule == "lockstep" else nested_bound_seconds
     assert bound(problem) <= optimum * (1 + 1e-12)
+
+
+def test_fillers_that_ranks_must_end_with_are_not_taken_for_unavoidable():
+    # Interleaved: rank 0 runs 59 and 30, rank 1 runs 59, 16 and 16; rank 0 ends with two fillers more, and last.
+    cost_model = CostModel(
+        memory_budget_bytes=30,
+        model_state_bytes=0,
+        activation_bytes_per_token=1,
+        attention_seconds_per_token_squared=1,
+        linear_seconds_per_token=0,
+        micro_batch_overhead_seconds=100,
+        exchange_bytes_per_token=0,
+        exchange_bandwidth_bytes_per_second={2: 1.0},
+    )
+    lengths = [59, 30, 16, 16]
+    found = plan(lengths, cost_model, 2, count_multiple=2)
+    optimum = best_seconds("nested", lengths, cost_model, 2, capacity=30, degrees=(1, 2), count_multiple=2)
+    assert found.lower_bound_seconds == pytest.approx(optimum, rel=1e-9)
+    assert found.predicted_seconds > optimum
+    assert found.status == "feasible"
+
+
+@pytest.mark.filterwarnings("error")
+def test_recomputing_that_costs_nothing_and_is_a_last_resort():
+    free = CostModel(
+        memory_budget_bytes=10,
+        model_state_bytes=0,
+        activation_bytes_per_token=1,
+        attention_seconds_per_token_squared=0,
+        linear_seconds_per_token=0,
+        micro_batch_overhead_seconds=0,
+        exchange_bytes_per_token=0,
+        exchange_bandwidth_bytes_per_second={2: 1.0},
+    )
+    problem = make_problem([15, 25], free, 2, recomputed_token_capacity=30)
+    assert degrees_of_recomputed(problem, math.inf, math.inf, price=math.inf) == {1: 1}
