@@ -230,7 +230,8 @@ def _scaled(problem: Problem, proportions: list[float], recomputed: list[bool], 
 def _try_random_lengths(state: _Search, seed: int) -> None:
     """Shorten or stretch one, two or all of the best rounds at random, and now and then add or leave one out."""
     generator = random.Random(seed)
-    problem, fewest = state.problem, least_rounds(state.problem)
+    problem = state.problem
+    fewest = least_rounds(problem.recomputing or problem)
     while state.has_passes:
         shapes = state.shapes()
         rest = [max(shape.seconds - problem.overhead_seconds, 1e-12) for shape in shapes]
