@@ -26,6 +26,7 @@ from megatron_flexsp.megatron.context import (
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.provenance import check_same_job, installed_versions
 from megatron_flexsp.planner import CostModel
+from megatron_flexsp.planner.service import PlanRequest
 from megatron_flexsp.profiler.record import check_writable
 
 _SECONDS_A_PLAN = 0.5
@@ -139,7 +140,8 @@ def examine_capacity(
         return
     yield _examine_degrees_needed(settings, per_slice, corpus)
     try:
-        yield _examine_plan(args, settings, cost_model, capacity, narrowest, corpus)
+        request = plan_request(settings, cost_model, capacity, narrowest)
+        yield _examine_plan(args, settings, request, longest, corpus)
     except FlexSPError as problem:
         yield error("plan", str(problem), "the numbers above say what is too small")
 
@@ -160,21 +162,16 @@ def _examine_degrees_needed(settings: Settings, per_slice: int, corpus: Corpus) 
 
 
 def _examine_plan(
-    args: argparse.Namespace,
-    settings: Settings,
-    cost_model: CostModel,
-    capacity: int,
-    narrowest: int,
-    corpus: Corpus,
+    args: argparse.Namespace, settings: Settings, request: PlanRequest, longest: int, corpus: Corpus
 ) -> Finding:
-    """One batch of the job's own lengths, planned, against the static degree that they need."""
+    """One batch of the job's own lengths, planned, against what the job would run without FlexSP."""
     size = args.global_batch_size
     advice = "flexsp simulate compares all schedules on many batches"
     if size > _MOST_SEQUENCES or settings.domain_size > _MOST_RANKS:
         return ok("plan", f"{size:,} sequences on {settings.domain_size:,} ranks are too many for a glance; {advice}")
     generator = np.random.default_rng(args.seed)
     batch = generator.choice(corpus.sequences, size, replace=size > len(corpus.sequences))
-    request = replace(plan_request(settings, cost_model, capacity, narrowest), time_limit_seconds=_SECONDS_A_PLAN)
+    request = replace(request, time_limit_seconds=_SECONDS_A_PLAN)
     made = request.make(batch)
     kinds = [(item.degree, item.recomputed) for item in made.micro_batches if not item.is_filler]
     plan = f"micro-batches of each degree in one batch: {_counted(degree for degree, _ in kinds)}"
@@ -183,16 +180,41 @@ def _examine_plan(
     plan += f"; {made.predicted_seconds:.3g} s predicted"
     if settings.schedule in ("static", "batch-adaptive"):
         return ok("plan", plan)
-    divisors = [degree for degree in settings.degrees if degree >= narrowest and settings.domain_size % degree == 0]
-    if not divisors:
+    others = [(static.make(batch).predicted_seconds, what) for what, static in _static_requests(request, longest)]
+    if not others:
         return ok("plan", plan)
-    options = {**request.options, "schedule": "static", "static_degree": divisors[0]}
-    static = replace(request, options=options).make(batch)
-    gain = static.predicted_seconds / made.predicted_seconds
-    found = f"{plan}, {gain:.2f} times as fast as static groups of {divisors[0]} if the cost model holds"
+    seconds, what = min(others)
+    gain = seconds / made.predicted_seconds
+    found = f"{plan}, {gain:.2f} times as fast as {what} if the cost model holds"
     if gain < _WORTH_IT:
         return warning("plan", found, f"there is little to gain on this data; {advice}")
     return ok("plan", f"{found}; {advice}")
+
+
+def _static_requests(request: PlanRequest, longest: int) -> Iterator[tuple[str, PlanRequest]]:
+    """Groups as a job has them without FlexSP, the narrowest that hold the longest sequence; what they are called.
+
+    Where plans may recompute, such a job recomputes everything or nothing.
+    """
+    ways = [("", request.cost_model, request.token_capacity)]
+    if request.recomputed_token_capacity is not None:
+        ways.append((", all recomputed", request.cost_model.always_recomputed(), request.recomputed_token_capacity))
+    for how, cost_model, capacity in ways:
+        per_slice = capacity // request.slice_multiple * request.slice_multiple
+        for degree in request.options["degrees"]:
+            if request.domain_size % degree == 0 and longest <= degree * per_slice:
+                options = {**request.options, "schedule": "static", "static_degree": degree}
+                yield (
+                    f"static groups of {degree}{how}",
+                    replace(
+                        request,
+                        cost_model=cost_model,
+                        token_capacity=capacity,
+                        recomputed_token_capacity=None,
+                        options=options,
+                    ),
+                )
+                break
 
 
 def _counted(degrees: Iterable[int]) -> str:

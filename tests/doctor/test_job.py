@@ -69,6 +69,8 @@ def test_what_is_held_where_activations_are_recomputed(examine: Examine) -> None
         "the longest sequence, 48 tokens, needs 1"
     )
     assert "in one batch: 24 x 1; recomputed: 2 x 1; " in found["plan"][0].found
+    # A job without plans would keep all in groups of two, or recompute all on single ranks.
+    assert " times as fast as static groups of 1, all recomputed if " in found["plan"][0].found
     assert "recompute" not in found
     (problem,) = errors(examine("--flexsp-recompute --recompute-granularity full --recompute-method uniform"))[:1]
     assert "everything is recomputed already" in problem.found
