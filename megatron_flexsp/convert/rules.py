@@ -318,6 +318,8 @@ def _note_recomputation(job: Job, capacity: Formula | None, decision: Decision) 
     method = job.value("--recompute-method")
     if method is not None and method.text == "uniform" and job.number("--recompute-num-layers", 1) != 1:
         tokens += " or so, since it recomputes layer by layer"
+    if job.number("--pipeline-model-parallel-size", 1) != 1:
+        tokens += " (less, since a pipeline's other micro-batches keep theirs)"
     decision.notes.append(
         f"{full.when}: {full.written} stays, for every micro-batch. To recompute only where it pays, put "
         f"--flexsp-recompute {_RECOMPUTED_CAPACITY} {tokens} in its place and in that of --recompute-method and "

@@ -247,8 +247,10 @@ def _examine_recomputation(args: argparse.Namespace) -> Generator[Finding, None,
     held = args.flexsp_max_tokens_per_rank
     remedy = "put --flexsp-recompute in its place and in that of --recompute-method and --recompute-num-layers"
     if held is not None:
+        less = " (less, since a pipeline's other micro-batches keep theirs)"
         remedy += (
-            f", with --flexsp-max-recomputed-tokens-per-rank {held}, and lower --flexsp-max-tokens-per-rank to what "
+            f", with --flexsp-max-recomputed-tokens-per-rank {held}"
+            f"{less if args.pipeline_model_parallel_size > 1 else ''}, and lower --flexsp-max-tokens-per-rank to what "
             "fits without recomputing; or leave both numbers to a cost model that --flexsp-profile FILE "
             "--flexsp-recompute has measured"
         )

@@ -83,8 +83,8 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         type=int,
         metavar="TOKENS",
         help="Tokens that one rank can hold in a micro-batch whose activations are recomputed: what fits under "
-        "--recompute-granularity full. Default: what the cost model says, in proportion to "
-        "--flexsp-max-tokens-per-rank where that is given.",
+        "--recompute-granularity full; with a pipeline less, since its other micro-batches keep theirs. Default: what "
+        "the cost model says, in proportion to --flexsp-max-tokens-per-rank where that is given.",
     )
     group.add_argument(
         "--flexsp-exchange-parts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ _USABLE_MEMORY = 0.94
 """Of a GPU's memory that nothing outside the allocator takes: the rest is for its fragments."""
 
 
+Sizes = Sequence[tuple[int, MeasuredBytes]]
+
+
 @dataclass(frozen=True)
 class MemoryConstants:
     """In bytes."""
@@ -25,20 +29,47 @@ class MemoryConstants:
     per_token: float
     """What a token of a slice takes, for each of the micro-batches that a pipeline holds at once."""
     recomputed_per_token: float = 0.0
-    """The same where activations are recomputed; 0: not measured."""
+    """The same where activations are recomputed, whatever the pipeline's others are; 0: not measured."""
 
     def capacity(self, in_flight: int) -> int:
         """Tokens that a rank can hold in one micro-batch."""
         return int((self.budget - self.state) / self.per_token) // in_flight
 
 
-def memory_constants(
-    measured: Sequence[tuple[int, MeasuredBytes]],
-    in_flight: int,
-    given_capacity: int,
-    hosts: Hosts,
-    recomputed: Sequence[tuple[int, MeasuredBytes]] = (),
-) -> MemoryConstants:
+@dataclass(frozen=True)
+class MeasuredMemory:
+    """Steps of this rank: tokens of a slice, and the bytes of a step whose micro-batches have so many; of two sizes."""
+
+    kept: Sizes
+    """With as many micro-batches as a pipeline's fullest stage holds at once."""
+    recomputed: Sizes = ()
+    """The same, recomputed; none: nothing may be."""
+    kept_alone: Sizes = ()
+    """With a single micro-batch. None: there is no pipeline, or its stages are interleaved and never have just one."""
+    recomputed_alone: Sizes = ()
+
+    def records(self) -> list[dict[str, Any]]:
+        """What the cost model's file keeps of it."""
+        kinds = (
+            (self.kept, False, False),
+            (self.recomputed, True, False),
+            (self.kept_alone, False, True),
+            (self.recomputed_alone, True, True),
+        )
+        return [
+            {
+                "tokens": tokens,
+                "state_bytes": found.state,
+                "activation_bytes": found.activations,
+                "recomputed": recomputed,
+                "alone": alone,
+            }
+            for sizes, recomputed, alone in kinds
+            for tokens, found in sizes
+        ]
+
+
+def memory_constants(measured: MeasuredMemory, in_flight: int, given_capacity: int, hosts: Hosts) -> MemoryConstants:
     """Of the rank that is full first, on every rank. Collective.
 
     One pipeline stage has the vocabulary's matrices and logits, another one holds the most micro-batches: constants
@@ -47,15 +78,13 @@ def memory_constants(
     Parameters
     ----------
     measured
-        Tokens of a slice, and the bytes of this rank's step with ``in_flight`` micro-batches of so many; two sizes.
+        This rank's steps.
     in_flight
         Micro-batches that a pipeline's fullest stage holds at once.
     given_capacity
         Tokens of a micro-batch that the run was given, where no device limits them.
-    recomputed
-        As ``measured``, of micro-batches that recompute their activations; none: they may not.
     """
-    mine = _of_this_rank(measured, in_flight, given_capacity)
+    mine = _of_this_rank(measured.kept, in_flight, given_capacity)
     # Without a device's limit every rank fits exactly, and the one that needs most is the fullest.
     room = -mine.budget if on_cpu() else float(mine.capacity(in_flight))
     least = torch.tensor(room, dtype=torch.float64)
@@ -67,32 +96,52 @@ def memory_constants(
         figures[:] = torch.tensor([mine.budget, mine.state, mine.per_token], dtype=torch.float64)
     hosts.all_reduce(figures, dist.ReduceOp.SUM)
     fullest = MemoryConstants(*figures.tolist())
-    if not recomputed:
+    if not measured.recomputed:
         return fullest
     # Another rank may be full first there: the one with the logits.
-    state, per_token = _state_and_token(recomputed, in_flight)
-    least = torch.tensor(((fullest.budget if on_cpu() else mine.budget) - state) / per_token, dtype=torch.float64)
+    budget = fullest.budget if on_cpu() else mine.budget
+    tokens = _recomputed_tokens(measured, in_flight, budget, fullest.capacity(in_flight))
+    least = torch.tensor(tokens, dtype=torch.float64)
     hosts.all_reduce(least, dist.ReduceOp.MIN)
-    per_token = (fullest.budget - fullest.state) / max(float(least), 1.0)
+    per_token = (fullest.budget - fullest.state) / (max(float(least), 1.0) * in_flight)
     # Recomputing never takes more: without a gain, noise may say so.
     return replace(fullest, recomputed_per_token=min(per_token, fullest.per_token))
 
 
-def _state_and_token(measured: Sequence[tuple[int, MeasuredBytes]], in_flight: int) -> tuple[float, float]:
-    """Bytes that are there whatever a micro-batch holds, and those of a token."""
+def _recomputed_tokens(measured: MeasuredMemory, in_flight: int, budget: float, kept_tokens: int) -> float:
+    """Tokens that this rank can hold in one recomputed micro-batch, whatever the others are that it holds.
+
+    In its backward pass a recomputed micro-batch has a layer's activations beside the layers' inputs. Where all are
+    recomputed, one at a time does. But the others that a pipeline holds meanwhile may be kept, and of ``kept_tokens``.
+    """
+    state, all_recomputed = _state_and_slope(measured.recomputed)
+    most = (budget - state) / all_recomputed
+    if in_flight == 1:
+        return most
+    kept_state, all_kept = _state_and_slope(measured.kept)
+    if measured.recomputed_alone:
+        alone_state, alone = _state_and_slope(measured.recomputed_alone)
+        others = max(0.0, all_kept - _state_and_slope(measured.kept_alone)[1])
+    else:  # at most as much as all of them, and as on the stage that holds the most
+        alone_state, alone = state, all_recomputed
+        others = all_kept * (1 - 1 / in_flight)
+    return min(most, (budget - max(kept_state, alone_state) - others * kept_tokens) / alone)
+
+
+def _state_and_slope(measured: Sizes) -> tuple[float, float]:
+    """Bytes that are there whatever micro-batches hold, and those that a further token in each of them takes."""
     (few, small), (many, large) = measured
     if many == few:  # too small a job to tell; all of it is the tokens'
-        per_token, fixed = large.activations / many / in_flight, 0.0
+        slope, fixed = large.activations / many, 0.0
     else:
-        per_token = (large.activations - small.activations) / (many - few) / in_flight
-        fixed = max(0.0, large.activations - per_token * many * in_flight)
-    return large.state + fixed, max(per_token, 1.0)
+        slope = (large.activations - small.activations) / (many - few)
+        fixed = max(0.0, large.activations - slope * many)
+    return large.state + fixed, max(slope, 1.0)
 
 
-def _of_this_rank(
-    measured: Sequence[tuple[int, MeasuredBytes]], in_flight: int, given_capacity: int
-) -> MemoryConstants:
-    state, per_token = _state_and_token(measured, in_flight)
+def _of_this_rank(measured: Sizes, in_flight: int, given_capacity: int) -> MemoryConstants:
+    state, slope = _state_and_slope(measured)
+    per_token = slope / in_flight
     if on_cpu():
         # No limit to measure: the budget says what the run was given.
         return MemoryConstants(state + per_token * (given_capacity * in_flight + 0.5), state, per_token)

@@ -24,7 +24,7 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.batches import PlannedBatch
 from megatron_flexsp.megatron.context import Context, on_cpu
 from megatron_flexsp.megatron.estimate import exchange_bytes_per_token, exchanges_per_micro_batch
-from megatron_flexsp.megatron.measured_memory import MemoryConstants, memory_constants
+from megatron_flexsp.megatron.measured_memory import MeasuredMemory, MemoryConstants, memory_constants
 from megatron_flexsp.megatron.measured_steps import MeasuredBytes, RandomText, StepRunner
 from megatron_flexsp.megatron.planned_steps import PlannedSteps, repeated
 from megatron_flexsp.megatron.provenance import describe_job, describe_machine
@@ -137,8 +137,9 @@ class _Measurement:
     def _take(self, signals: EndsAtOnce) -> None:
         with StagesShown(self._writes, print_rank_0) as show:
             measured = self._measure_memory(show)
-            recomputed = self._measure_memory(show, recomputed=True) if self._settings.recompute else []
-            memory = self._memory_constants(measured, recomputed)
+            settings = self._settings
+            in_flight, given = settings.micro_batches_in_flight, self._context.token_capacity
+            memory = memory_constants(measured, in_flight, given, self._context.hosts)
             tokens_per_rank = self._tokens_per_rank(memory)
             self._planned_steps = PlannedSteps(
                 self._runner,
@@ -150,7 +151,7 @@ class _Measurement:
             )
             exchanges = self._measure_exchanges(tokens_per_rank, show)
             points = self._points(tokens_per_rank)
-            fit_to = functools.partial(self._fit, memory, measured, recomputed, exchanges, points)
+            fit_to = functools.partial(self._fit, memory, measured, exchanges, points)
             seconds, planned, taken = self._measure_steps(points, fit_to, show)
         cost_model = fit_to(seconds)
         if cost_model is not None:
@@ -161,10 +162,23 @@ class _Measurement:
                 self._has_written = True
             print_result(self._path, cost_model, checks)
 
-    def _measure_memory(self, show: Show, recomputed: bool = False) -> list[tuple[int, MeasuredBytes]]:
-        """Bytes of steps of two sizes with as many micro-batches as the pipeline holds at once."""
+    def _measure_memory(self, show: Show) -> MeasuredMemory:
+        """Steps with as many micro-batches as the pipeline holds at once, and with one where that tells more."""
         settings = self._settings
-        rounds = -(-settings.micro_batches_in_flight // settings.count_multiple) * settings.count_multiple
+        filling = -(-settings.micro_batches_in_flight // settings.count_multiple) * settings.count_multiple
+        kinds = {"kept": (filling, False)}
+        if settings.recompute:
+            kinds["recomputed"] = (filling, True)
+            if settings.micro_batches_in_flight > 1 and settings.count_multiple == 1:
+                kinds |= {"kept_alone": (1, False), "recomputed_alone": (1, True)}
+        found = {}
+        for done, (name, (rounds, recomputed)) in enumerate(kinds.items()):
+            found[name] = self._measure_sizes(rounds, recomputed)
+            show("memory", (done + 1) / len(kinds))
+        return MeasuredMemory(**found)
+
+    def _measure_sizes(self, rounds: int, recomputed: bool) -> list[tuple[int, MeasuredBytes]]:
+        """Bytes of steps of so many micro-batches, of two sizes."""
         measured = []
         for share in (0.25, 0.5, 0.5):  # the first is a warm-up too: what libraries allocate once is not a token's
             tokens = self._rounded(self._useful_tokens() * share)
@@ -173,8 +187,6 @@ class _Measurement:
             batch = self._batch(point)
             self._runner.bytes(batch)
             measured.append((point.tokens, self._runner.bytes(batch)))
-            done = len(measured) + (3 if recomputed else 0)
-            show("memory", done / (6 if settings.recompute else 3))
         return [measured[0], measured[2]]
 
     def _rounded(self, tokens: float) -> int:
@@ -186,12 +198,6 @@ class _Measurement:
         settings = self._settings
         plan, lengths = plan_of(point, settings.domain_size, settings.in_rounds)
         return self._runner.batch(plan, Sequences(lengths, range(len(lengths)), len(lengths)), self._text)
-
-    def _memory_constants(
-        self, measured: list[tuple[int, MeasuredBytes]], recomputed: list[tuple[int, MeasuredBytes]]
-    ) -> MemoryConstants:
-        in_flight, given = self._settings.micro_batches_in_flight, self._context.token_capacity
-        return memory_constants(measured, in_flight, given, self._context.hosts, recomputed)
 
     def _tokens_per_rank(self, memory: MemoryConstants) -> int:
         """How full the fullest measured micro-batch is, once it is known what memory holds."""
@@ -280,8 +286,7 @@ class _Measurement:
     def _fit(
         self,
         memory: MemoryConstants,
-        measured: list[tuple[int, MeasuredBytes]],
-        recomputed: list[tuple[int, MeasuredBytes]],
+        measured: MeasuredMemory,
         exchanges: list[dict[str, Any]],
         points: list[Point],
         seconds: list[list[float]],
@@ -333,10 +338,6 @@ class _Measurement:
                     point_record(point, repeats, constants) for point, repeats in zip(points, samples, strict=True)
                 ],
                 "exchanges": exchanges,
-                "memory": [
-                    {"tokens": tokens, "state_bytes": x.state, "activation_bytes": x.activations, "recomputed": again}
-                    for again, pairs in ((False, measured), (True, recomputed))
-                    for tokens, x in pairs
-                ],
+                "memory": measured.records(),
             },
         )

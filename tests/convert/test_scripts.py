@@ -298,6 +298,8 @@ class TestRecomputingEverything:
         assert "--flexsp-recompute --flexsp-max-recomputed-tokens-per-rank 2048 in its place" in note
         (note,) = self.noted(f"--flexsp-max-tokens-per-rank $TOKENS {self.FULL}")
         assert "--flexsp-max-recomputed-tokens-per-rank (what --flexsp-max-tokens-per-rank has now) in its" in note
+        (note,) = self.noted(f"--flexsp-max-tokens-per-rank 24 --pipeline-model-parallel-size 2 {self.FULL}")
+        assert "-recomputed-tokens-per-rank 24 (less, since a pipeline's other micro-batches keep theirs) in" in note
         (note,) = self.noted(self.FULL[:-1] + "4")
         assert "-recomputed-tokens-per-rank 4096 or so, since it recomputes layer by layer in its place" in note
         (note,) = self.noted(f"{self.FULL} --num-experts 8 --expert-model-parallel-size 2")
