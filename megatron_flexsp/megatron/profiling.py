@@ -217,7 +217,16 @@ class _Measurement:
         if not self._settings.recompute:
             return None
         given = self._settings.max_recomputed_tokens_per_rank
-        return given or int(self._capacity * memory.per_token / memory.recomputed_per_token)
+        if given is None:
+            # A ratio of 1 must leave the capacity as it is.
+            return int(self._capacity * (memory.per_token / memory.recomputed_per_token))
+        if given < self._capacity:
+            raise FlexSPError(
+                f"--flexsp-profile: a rank holds {self._capacity:,} tokens of a micro-batch that recomputes nothing, "
+                f"more than --flexsp-max-recomputed-tokens-per-rank {given}, so nothing is gained. Raise that, or take "
+                "--flexsp-recompute out"
+            )
+        return given
 
     def _useful_tokens(self) -> float:
         """What memory holds, but no more than a plan would give one micro-batch of a rank."""

@@ -1,12 +1,15 @@
 """What a rank holds of recomputed micro-batches, from the bytes of measured steps."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import measured_memory
-from megatron_flexsp.megatron.measured_memory import MeasuredMemory, memory_constants
+from megatron_flexsp.megatron.measured_memory import MeasuredMemory, MemoryConstants, memory_constants
 from megatron_flexsp.megatron.measured_steps import MeasuredBytes
+from megatron_flexsp.megatron.profiling import _Measurement
 
 STATE, KEPT, INPUTS, LAYER = 1e6, 272.0, 16.0, 34.0
 """Bytes: of the model; of a token's activations; of what goes into its layers; of one layer while it runs again."""
@@ -54,3 +57,15 @@ def test_a_pipelines_other_micro_batches_may_be_kept(measures_one: bool) -> None
 def test_recomputing_never_holds_less() -> None:
     noisy = MeasuredMemory(sizes(STAGES * KEPT), sizes(STAGES * KEPT * 1.01), sizes(KEPT), sizes(KEPT * 1.02))
     assert capacity(noisy, STAGES) == CAPACITY
+
+
+def test_a_profile_that_finds_no_gain_is_still_one() -> None:
+    profile: Any = SimpleNamespace(
+        _settings=SimpleNamespace(recompute=True, max_recomputed_tokens_per_rank=None), _capacity=60_845
+    )
+    per_token = 645_193.1011449757  # 60,845 times this over this is less than 60,845
+    memory = MemoryConstants(1e12, 0.0, per_token, per_token)
+    assert _Measurement._recomputed_tokens_per_rank(profile, memory) == 60_845
+    profile._settings.max_recomputed_tokens_per_rank = 60_000
+    with pytest.raises(FlexSPError, match="more than --flexsp-max-recomputed-tokens-per-rank 60000"):
+        _Measurement._recomputed_tokens_per_rank(profile, memory)
