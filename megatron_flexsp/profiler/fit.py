@@ -130,9 +130,13 @@ def _recompute_share(constants: Constants, samples: Sequence[Sample]) -> float:
     shares, weights = [], []
     for sample in samples:
         compute, exchange = constants.parts(sample)
+        if compute == 0:  # so small a job that all seems to be a step's
+            continue
         rest = sample.seconds - constants.step - (1 + EXCHANGED_AGAIN) * exchange
         shares.append(max(0.0, rest / compute - 1))
         weights.append(compute / sample.seconds)
+    if not shares:
+        return constants.recompute_share
     order = np.argsort(shares)
     reached = np.cumsum(np.array(weights)[order])
     return shares[int(order[np.searchsorted(reached, reached[-1] / 2)])]

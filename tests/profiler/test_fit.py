@@ -104,3 +104,9 @@ def test_bandwidths_stay_finite_where_tokens_seem_to_cost_nothing() -> None:
     found = fit([replace(sample, seconds=0.4) for sample in samples(repeats=1, spread=0.0, disturbed=0.0)])
     assert found.token == 0
     assert min(found.exchanged_token.values()) > 0
+
+
+def test_a_job_whose_steps_all_take_the_same_has_the_usual_share() -> None:
+    points = choose_points((1, 2), 512, LENGTHS, longest=4096, recomputes=True)
+    same = [Sample(p.degree, p.tokens, p.tokens_squared, p.rounds, 1.0, recomputed=p.recomputed) for p in points]
+    assert fit(same).recompute_share == CONSTANTS.recompute_share
