@@ -70,7 +70,7 @@ PIPELINE = ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pip
 @pytest.mark.parametrize(
     ("nproc", "model", "stages", "multiple"),
     [
-        (4, (*LLAMA, *PIPELINE), 2, 2),
+        (4, (*LLAMA, *PIPELINE, "--flexsp-recompute"), 2, 2),
         (2, (*MOE, *TWO_PARTS, "--flexsp-recompute"), 1, 1),
         (2, (*LLAMA, *SHARDED), 1, 1),
     ],
