@@ -19,7 +19,7 @@ from megatron_flexsp.planner.packing import with_fillers
 from megatron_flexsp.planner.plans import MicroBatch, Plan
 from megatron_flexsp.planner.problem import Problem, make_problem
 from megatron_flexsp.planner.rounds import micro_batches_of
-from megatron_flexsp.planner.search import search
+from megatron_flexsp.planner.search import search_degrees
 from megatron_flexsp.planner.timing import step_seconds
 
 ASKABLE_SCHEDULES = ("auto", *SCHEDULES, "batch-adaptive")
@@ -148,7 +148,7 @@ def _solve(problem: Problem, schedule: str, deadline: float, seed: int) -> _Answ
 
 def _nested(problem: Problem, deadline: float, seed: int) -> _Answer:
     bound_seconds = nested_bound_seconds(problem, deadline)
-    found, is_cut_short = search(problem, bound_seconds, deadline, seed)
+    found, is_cut_short = search_degrees(problem, bound_seconds, deadline, seed)
     if is_tiny(problem) and found.seconds > bound_seconds:
         better, is_complete = best_nested(problem, found.seconds, deadline)
         items = found.micro_batches if better is None else with_fillers(problem, better)

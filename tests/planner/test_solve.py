@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner import CostModel, MicroBatch, plan
+from megatron_flexsp.planner import CostModel, MicroBatch, legal_degrees, plan
 
 
 def test_one_sequence_that_fits_one_rank(simple_model):
@@ -176,3 +176,27 @@ def test_rejects_constants_that_overflow(simple_model):
     model: CostModel = replace(simple_model, attention_seconds_per_token_squared=1e308)
     with pytest.raises(FlexSPError, match="no finite time"):
         plan([99], model, domain_size=1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_where_narrow_groups_are_the_dear_ones_nested_plans_are_no_worse_than_one_degree(seed):
+    """Latencies and bandwidths in no order, odd domains: the narrowest degree may be a bad one."""
+    generator = np.random.default_rng(seed)
+    domain_size, capacity = int(generator.choice([3, 5, 6, 7, 12, 24])), int(generator.integers(20, 200))
+    wide = [degree for degree in legal_degrees(domain_size) if degree > 1]
+    model = CostModel(
+        memory_budget_bytes=capacity,
+        model_state_bytes=0,
+        activation_bytes_per_token=1,
+        attention_seconds_per_token_squared=float(generator.uniform(0, 0.002)),
+        linear_seconds_per_token=float(generator.uniform(0, 1)),
+        micro_batch_overhead_seconds=float(generator.choice([0, 1, 10])),
+        exchange_bytes_per_token=1,
+        exchange_bandwidth_bytes_per_second={degree: float(generator.uniform(0.5, 20)) for degree in wide},
+        exchange_latency_seconds={degree: float(generator.choice([0, 1, 50, 200])) for degree in wide},
+    )
+    drawn = generator.lognormal(np.log(capacity * 0.6), 1, int(generator.integers(4, 60)))
+    lengths = np.clip(drawn.astype(int), 1, capacity * domain_size)
+    nested = plan(lengths, model, domain_size)
+    alone = plan(lengths, model, domain_size, schedule="batch-adaptive")
+    assert nested.predicted_seconds <= max(alone.predicted_seconds, 1.1 * nested.lower_bound_seconds) * (1 + 1e-9)
