@@ -134,21 +134,16 @@ class AlternatingPlanner:
 def request_for(schedule: str, request: PlanRequest) -> PlanRequest:
     """How batches are planned under one of the schedules. ``request`` may recompute; those without the ending don't."""
     name = schedule.removesuffix("-recompute")
-    recomputed_capacity = request.recomputed_token_capacity
     if schedule == ALWAYS_RECOMPUTED:
-        assert recomputed_capacity is not None
-        costs = request.cost_model.always_recomputed()
-        request = replace(request, cost_model=costs, token_capacity=recomputed_capacity)
+        request = request.always_recomputed()
+    elif schedule != "nested-recompute":
+        request = replace(request, recomputed_token_capacity=None)
     static_degree = None
     if name == "static":
         longest = get_args().seq_length
         degrees = request.options["degrees"]
         static_degree = next(degree for degree in degrees if degree * request.token_capacity >= longest)
-    return replace(
-        request,
-        recomputed_token_capacity=recomputed_capacity if schedule == "nested-recompute" else None,
-        options={**request.options, "schedule": name, "static_degree": static_degree},
-    )
+    return replace(request, options={**request.options, "schedule": name, "static_degree": static_degree})
 
 
 def schedule_at(step: int, schedules: list[str]) -> str:

@@ -14,7 +14,15 @@ from megatron_flexsp.compatibility.jobs import JOB_REFUSALS
 from megatron_flexsp.compatibility.recomputation import RECOMPUTE_REFUSALS, recomputes_some
 from megatron_flexsp.compatibility.refusal import Refusal
 
-__all__ = ["EXPERT_REFUSALS", "JOB_REFUSALS", "RECOMPUTE_REFUSALS", "Refusal", "load_balancing_types", "refusals"]
+__all__ = [
+    "EXPERT_REFUSALS",
+    "JOB_REFUSALS",
+    "RECOMPUTE_REFUSALS",
+    "Refusal",
+    "in_place_of_full",
+    "load_balancing_types",
+    "refusals",
+]
 
 
 def refusals(args: argparse.Namespace) -> list[Refusal]:
@@ -32,3 +40,16 @@ def refusals(args: argparse.Namespace) -> list[Refusal]:
     if recomputes_some(args):
         table += RECOMPUTE_REFUSALS
     return [entry for entry in table if entry.applies(args)]
+
+
+def in_place_of_full(args: argparse.Namespace) -> argparse.Namespace | None:
+    """A job's arguments with ``--flexsp-recompute`` in place of ``--recompute-granularity full``.
+
+    None where that isn't there or can't be replaced.
+    """
+    if args.recompute_granularity != "full":
+        return None
+    gone = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+    instead = argparse.Namespace(**{**vars(args), "flexsp_recompute": True, **dict.fromkeys(gone)})
+    before = refusals(args)
+    return instead if all(entry in before for entry in refusals(instead)) else None

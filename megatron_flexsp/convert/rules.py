@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from megatron_flexsp.compatibility import Refusal, refusals
+from megatron_flexsp.compatibility import Refusal, in_place_of_full, refusals
 from megatron_flexsp.convert import batch_size
 from megatron_flexsp.convert.arguments import Job, Value, namespace
 from megatron_flexsp.convert.changes import Add, Change, Formula, Launch, Remove, SetValue
-from megatron_flexsp.megatron.recomputation import in_place_of_full
 from megatron_flexsp.planner import legal_degrees
 
 OTHER_MODELS = frozenset({

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -173,10 +172,9 @@ def _examine_plan(
     batch = generator.choice(corpus.sequences, size, replace=size > len(corpus.sequences))
     request = replace(request, time_limit_seconds=_SECONDS_A_PLAN)
     made = request.make(batch)
-    kinds = [(item.degree, item.recomputed) for item in made.micro_batches if not item.is_filler]
-    plan = f"micro-batches of each degree in one batch: {_counted(degree for degree, _ in kinds)}"
+    plan = f"micro-batches of each degree in one batch: {made.counted_by_degree()}"
     if settings.recompute:
-        plan += f"; recomputed: {_counted(degree for degree, recomputed in kinds if recomputed) or 'none'}"
+        plan += f"; recomputed: {made.counted_by_degree(recomputed=True) or 'none'}"
     plan += f"; {made.predicted_seconds:.3g} s predicted"
     if settings.schedule in ("static", "batch-adaptive"):
         return ok("plan", plan)
@@ -196,30 +194,16 @@ def _static_requests(request: PlanRequest, longest: int) -> Iterator[tuple[str, 
 
     Where plans may recompute, such a job recomputes everything or nothing.
     """
-    ways = [("", request.cost_model, request.token_capacity)]
+    ways = [("", replace(request, recomputed_token_capacity=None))]
     if request.recomputed_token_capacity is not None:
-        ways.append((", all recomputed", request.cost_model.always_recomputed(), request.recomputed_token_capacity))
-    for how, cost_model, capacity in ways:
-        per_slice = capacity // request.slice_multiple * request.slice_multiple
-        for degree in request.options["degrees"]:
-            if request.domain_size % degree == 0 and longest <= degree * per_slice:
-                options = {**request.options, "schedule": "static", "static_degree": degree}
-                yield (
-                    f"static groups of {degree}{how}",
-                    replace(
-                        request,
-                        cost_model=cost_model,
-                        token_capacity=capacity,
-                        recomputed_token_capacity=None,
-                        options=options,
-                    ),
-                )
+        ways.append((", all recomputed", request.always_recomputed()))
+    for how, static in ways:
+        per_slice = static.token_capacity // static.slice_multiple * static.slice_multiple
+        for degree in static.options["degrees"]:
+            if static.domain_size % degree == 0 and longest <= degree * per_slice:
+                options = {**static.options, "schedule": "static", "static_degree": degree}
+                yield f"static groups of {degree}{how}", replace(static, options=options)
                 break
-
-
-def _counted(degrees: Iterable[int]) -> str:
-    """How often each degree occurs, widest first."""
-    return ", ".join(f"{count} x {degree}" for degree, count in sorted(Counter(degrees).items(), reverse=True))
 
 
 def _in_two(message: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron.training import arguments as megatron_arguments
 
-from megatron_flexsp.compatibility import JOB_REFUSALS, refusals
+from megatron_flexsp.compatibility import JOB_REFUSALS, in_place_of_full, refusals
 from megatron_flexsp.doctor import checkpoints, data, forecast
 from megatron_flexsp.doctor.findings import Finding, error, ok, warning
 from megatron_flexsp.doctor.inside import Request, Say
@@ -237,7 +237,7 @@ def _examine_shape(args: argparse.Namespace, settings: arguments.Settings) -> Ge
 
 def _examine_recomputation(args: argparse.Namespace) -> Generator[Finding, None, None]:
     """Whether everything is recomputed where single micro-batches could be."""
-    instead = recomputation.in_place_of_full(args)
+    instead = in_place_of_full(args)
     if instead is None:
         return
     try:

@@ -280,11 +280,6 @@ class SampleSource:
             lengths[chosen] = self._dataset.datasets[part].lengths(np.asarray(sample_in_part[chosen], dtype=np.int64))
         return lengths
 
-    def read(self, sample: int, start: int, count: int) -> NDArray[Any]:
-        """``count`` tokens of a sample from ``start``."""
-        part, sample = self._part_of(sample)
-        return part.read(sample, start, count)
-
     def sequences(self, samples: Sequence[int], channel: PlanChannel) -> Sequences:
         """The samples themselves; every rank knows their lengths from the index."""
         return Sequences(self.lengths(np.asarray(samples, dtype=np.int64)), samples, len(samples))

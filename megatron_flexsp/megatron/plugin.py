@@ -124,17 +124,9 @@ def training_seams(profiles: bool) -> list[Seam]:
             Seam(place, ("args", "defaults"), check_arguments, validation)
             for place in releases.places_of("validate_args")
         ),
-        Seam(
-            "megatron.training:pretrain",
-            pretrain_parameters,
-            run.wrap_pretrain,
-            "plans documents or packs",
-        ),
-        Seam(
-            "megatron.training.training:pretrain",
-            pretrain_parameters,
-            run.wrap_pretrain,
-            "plans documents or packs",
+        *(
+            Seam(place, pretrain_parameters, run.wrap_pretrain, "plans documents or packs")
+            for place in ("megatron.training:pretrain", "megatron.training.training:pretrain")
         ),
         Seam(
             "megatron.training.training:get_forward_backward_func",

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_flexsp.compatibility import refusals
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import CostModel
 
@@ -42,19 +41,6 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"{_CAPACITY_FLAG} {most} is less than --flexsp-max-tokens-per-rank {least}: a rank that recomputes "
             f"activations holds more tokens. Raise it, or take {_FLAG} out"
         )
-
-
-def in_place_of_full(args: argparse.Namespace) -> argparse.Namespace | None:
-    """A job's arguments with ``--flexsp-recompute`` in place of ``--recompute-granularity full``.
-
-    None where that isn't there or can't be replaced. Reads arguments alone, as ``refusals`` does.
-    """
-    if args.recompute_granularity != "full":
-        return None
-    changed = {"flexsp_recompute": True, **dict.fromkeys(_EACH_LAYER)}
-    instead = argparse.Namespace(**{**vars(args), **changed})
-    before = refusals(args)
-    return instead if all(entry in before for entry in refusals(instead)) else None
 
 
 def check_release(args: argparse.Namespace) -> None:

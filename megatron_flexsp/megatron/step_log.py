@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-
 import numpy as np
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_0
 
@@ -39,7 +36,6 @@ def log_step(context: Context, batch: PlannedBatch) -> None:
         wandb_run.log({f"flexsp/{name}": value for name, value in figures.items()}, iteration)
     if not printing:
         return
-    kinds = [(item.degree, item.recomputed) for item in plan.micro_batches if not item.is_filler]
     begins_and_ends = np.zeros(plan.domain_size + 1, dtype=np.int64)
     for item in plan.micro_batches:
         begins_and_ends[item.first_rank] += 1
@@ -47,12 +43,8 @@ def log_step(context: Context, batch: PlannedBatch) -> None:
     counts = np.cumsum(begins_and_ends[:-1])
     print_rank_0(
         f" [flexsp] iteration {iteration:8d} | {plan.schedule} | micro-batches of each degree: "
-        + _counted(degree for degree, _ in kinds)
-        + (
-            f" | recomputed: {again}"
-            if (again := _counted(degree for degree, recomputed in kinds if recomputed))
-            else ""
-        )
+        + plan.counted_by_degree()
+        + (f" | recomputed: {again}" if (again := plan.counted_by_degree(recomputed=True)) else "")
         + f" | micro-batches a rank: {counts.min()}-{counts.max()}"
         f" | sequences: {len(lengths)} | tokens: {lengths.sum()}"
         f" | predicted balance: {figures['predicted balance']:.1%} | padding: {figures['padding share']:.2%}"
@@ -61,8 +53,3 @@ def log_step(context: Context, batch: PlannedBatch) -> None:
         f" | waited for data (ms): {batch.waited_for_data_seconds * 1e3:.1f}"
         + (f" | quick plans so far, the planner being late or gone: {quick_plans} |" if quick_plans else " |")
     )
-
-
-def _counted(degrees: Iterable[int]) -> str:
-    """How often each degree occurs, widest first."""
-    return ", ".join(f"{count} x {degree}" for degree, count in sorted(Counter(degrees).items(), reverse=True))

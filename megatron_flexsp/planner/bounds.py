@@ -101,8 +101,7 @@ def simple_bound_seconds(problem: Problem) -> float:
 def _work_bound(problem: Problem) -> float:
     classes = make_classes(problem, MOST_CLASSES)
     busy = np.where(classes.holds, classes.busy, np.inf).min(axis=0)
-    slices = float(classes.full_slots[0].sum())
-    full_slices = math.ceil(slices * (1 - ROUNDING_SHARE))
+    full_slices = math.ceil(float(classes.full_slots[0].sum()) * (1 - ROUNDING_SHARE))
     groups_of_slices = max(problem.domain_size, math.ceil(full_slices / problem.count_multiple))
     overheads = groups_of_slices * problem.count_multiple * problem.overhead_seconds
     return float((overheads + busy.sum()) / problem.domain_size)

@@ -272,12 +272,7 @@ class CostModel:
 
 
 _TABLE_KEYS = ("exchange_bandwidth_bytes_per_second", "exchange_latency_seconds")
-_USUAL_NUMBERS = {
-    "step_overhead_seconds": 0.0,
-    "pipeline_fill_share": 1.0,
-    "recomputed_activation_bytes_per_token": 0.0,
-    "recompute_share": 1 / 3,
-}
+_USUAL_NUMBERS = {item.name: item.default for item in fields(CostModel) if isinstance(item.default, float)}
 """Numbers that a file may leave out, and what they are then."""
 _NUMBER_KEYS = tuple(
     item.name for item in fields(CostModel) if item.name not in (*_TABLE_KEYS, *_USUAL_NUMBERS, "note", "measurement")

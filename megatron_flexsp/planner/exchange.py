@@ -40,8 +40,7 @@ class _Loads:
         for number, group in enumerate(group for groups in rounds for group in groups):
             self._group_of[list(group.sequences)] = number
         self._tokens = problem.tokens_array
-        both = [problem.kept] if problem.recomputing is None else [problem.kept, problem.recomputing]
-        self._seconds = np.stack([kind.seconds_arrays[degree] for kind in both for degree in problem.degrees])
+        self._seconds = np.stack([kind.seconds_arrays[degree] for kind in problem.kinds for degree in problem.degrees])
         own = self._seconds[self._index[self._group_of], np.arange(len(problem.tokens))]
         latencies = np.array([kind.latency_seconds[degree] for kind, degree in zip(kinds, self._degrees, strict=True)])
         self._ends = latencies + np.bincount(self._group_of, weights=own, minlength=len(self._degrees))

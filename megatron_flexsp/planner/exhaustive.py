@@ -238,12 +238,11 @@ class _Lockstep(_Walk):
                 opened = self._opened(problem, sequence, degree)
                 if degree <= ranks_left and opened is not None:
                     yield tuple(sorted((*others, (recomputed, tuple(sorted((*groups, (degree, opened))))))))
-        for recomputed in (False, True) if self.problem.recomputing is not None else (False,):
-            problem = self.problem.of(recomputed)
+        for recomputed, problem in enumerate(self.problem.kinds):
             for degree in problem.degrees:
                 opened = self._opened(problem, sequence, degree)
                 if opened is not None:
-                    yield tuple(sorted((*state, (recomputed, ((degree, opened),)))))
+                    yield tuple(sorted((*state, (bool(recomputed), ((degree, opened),)))))
 
     def seconds(self, state: Any) -> float:
         problem = self.problem

@@ -5,6 +5,7 @@ Plans come from the planner (or from JSON) and go to the executor, which runs th
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,6 +85,15 @@ class Plan:
     def micro_batches_of_rank(self, rank: int) -> tuple[MicroBatch, ...]:
         """What one rank of the domain runs, in order."""
         return tuple(item for item in self.micro_batches if rank in item.ranks)
+
+    def counted_by_degree(self, *, recomputed: bool = False) -> str:
+        """How many micro-batches have each degree, widest first, without fillers: ``2 x 8, 5 x 1``.
+
+        Of all of them, or of those that are recomputed.
+        """
+        chosen = (item for item in self.micro_batches if not item.is_filler and (item.recomputed or not recomputed))
+        counts = Counter(item.degree for item in chosen)
+        return ", ".join(f"{count} x {degree}" for degree, count in sorted(counts.items(), reverse=True))
 
     def to_json(self) -> str:
         """The plan as one line of JSON that ``from_json`` reads back to an equal one."""

@@ -62,7 +62,7 @@ class Problem:
     @cached_property
     def kept(self) -> "Problem":
         """The problem if nothing may be recomputed."""
-        return replace(self, recomputed_tokens_per_rank=None)
+        return self if self.recomputed_tokens_per_rank is None else replace(self, recomputed_tokens_per_rank=None)
 
     @cached_property
     def recomputing(self) -> "Problem | None":
@@ -79,12 +79,14 @@ class Problem:
             sequence_seconds=self.recomputed_seconds,
         )
 
+    @cached_property
+    def kinds(self) -> tuple["Problem", ...]:
+        """The problem of rounds that are kept and, where rounds may be recomputed, of those that are."""
+        return (self.kept,) if self.recomputing is None else (self.kept, self.recomputing)
+
     def of(self, recomputed: bool) -> "Problem":
         """The problem of rounds that are recomputed, or of those that are not."""
-        if not recomputed:
-            return self.kept
-        assert self.recomputing is not None, "a round is recomputed only where it may be"
-        return self.recomputing
+        return self.kinds[recomputed]
 
     @cached_property
     def tokens_array(self) -> NDArray[np.int64]:

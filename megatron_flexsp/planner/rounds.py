@@ -108,7 +108,7 @@ class _Rounds:
     def __init__(self, problem: Problem, shapes: Sequence[Shape], rules: RoundRules) -> None:
         self._problem, self._shapes, self._rules = problem, shapes, rules
         # By whether a round is recomputed; that kind's columns stand behind the other's.
-        self._kinds = [problem.kept] if problem.recomputing is None else [problem.kept, problem.recomputing]
+        self._kinds = problem.kinds
         self._longest = max(shape.seconds for shape in shapes)
         most = min(len(problem.tokens), len(shapes) * (problem.domain_size // problem.degrees[0]))
         self._count = 0

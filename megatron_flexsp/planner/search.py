@@ -92,7 +92,7 @@ def _fixed_rules(problem: Problem) -> tuple[Rules, ...]:
 
 
 def search_degrees(problem: Problem, bound_seconds: float, deadline: float, seed: int = 0) -> tuple[Packing, bool]:
-    """The same, and where it is far from the bound, with some of the degrees left out.
+    """What ``search`` finds, and where that is far from the bound, what it finds with some of the degrees left out.
 
     A pass takes the narrowest degree that holds a sequence for the cheapest, as it is where wider groups exchange more.
     Where latencies or bandwidths say otherwise, it finds better plans without the degrees that are dearer than wider

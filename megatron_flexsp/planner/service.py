@@ -71,6 +71,16 @@ class PlanRequest:
         )
         return made
 
+    def always_recomputed(self) -> "PlanRequest":
+        """The same for a run that recomputes every micro-batch; needs the capacity of the recomputed."""
+        assert self.recomputed_token_capacity is not None, "nothing may be recomputed"
+        return replace(
+            self,
+            cost_model=self.cost_model.always_recomputed(),
+            token_capacity=self.recomputed_token_capacity,
+            recomputed_token_capacity=None,
+        )
+
 
 @dataclass(frozen=True)
 class PendingPlan:

@@ -144,7 +144,10 @@ def _items(plan: Plan) -> list[_Item]:
     if plan.schedule != "lockstep":
         return [_Item(item.ranks, (index,), item.recomputed) for index, item in enumerate(plan.micro_batches)]
     numbers = iter(range(len(plan.micro_batches)))
-    return [_Item(range(plan.domain_size), tuple(next(numbers) for _ in together)) for together in rounds(plan)]
+    return [
+        _Item(range(plan.domain_size), tuple(next(numbers) for _ in together), together[0].recomputed)
+        for together in rounds(plan)
+    ]
 
 
 _Key = tuple[int, int, Kind]

@@ -63,7 +63,8 @@ class TestSliceReader:
     ) -> None:
         samples = range(FIRST_SAMPLE, FIRST_SAMPLE + 6)
         lengths = source.lengths(np.array(samples))
-        texts = [source.read(sample, 0, int(n) + 1) for sample, n in zip(samples, lengths, strict=True)]
+        whole = [source.stretch(sample, 0, int(n)) for sample, n in zip(samples, lengths, strict=True)]
+        texts = [np.append(found.tokens, found.labels[-1]) for found in whole]
         by_rank = [
             iter(
                 SliceReader(source, rank, slice_multiple, True, None).read(

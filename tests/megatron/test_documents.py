@@ -135,7 +135,8 @@ class TestBuilder:
         assert valid is None
         source = SampleSource(train)
         samples = np.arange(len(source))
-        read = [source.read(k, 0, int(length) + 1) for k, length in zip(samples, source.lengths(samples), strict=True)]
+        whole = [source.stretch(k, 0, int(length)) for k, length in zip(samples, source.lengths(samples), strict=True)]
+        read = [np.append(found.tokens, found.labels[-1]) for found in whole]
         assert [len(text) - 1 for text in read] == source.lengths(samples).tolist()
         assert all((np.diff(text) == 1).all() for text in read)
         from_few = np.cumsum([text[0] >= 1000 for text in read])

@@ -82,8 +82,9 @@ def test_equal_micro_batches_fill_and_drain_a_pipeline_once(count, stages):
     assert timeline.busy_share == pytest.approx(count / (count + stages - 1))
 
 
-def test_a_recomputed_micro_batch_runs_its_forward_pass_again_in_its_backward_pass():
-    kept = plan_of((0, 1, (0,)), domain_size=1)
+@pytest.mark.parametrize("schedule", ["nested", "lockstep"])
+def test_a_recomputed_micro_batch_runs_its_forward_pass_again_in_its_backward_pass(schedule):
+    kept = plan_of((0, 1, (0,)), domain_size=1, schedule=schedule)
     recomputed = replace(kept, micro_batches=(replace(kept.micro_batches[0], recomputed=True),))
     passes = [simulate(made, [500], COSTS, pipeline_stages=2).operations for made in (kept, recomputed)]
     for before, after in zip(*passes, strict=True):
