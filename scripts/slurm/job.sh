@@ -150,6 +150,8 @@ _flexsp_node() {
         : >"$FLEXSP_RANK_LOGS/stopped-by-slurm"
         exit 0
     fi
+    # The first node that fails tells why. Those that SLURM then ends may not have come to their traps.
+    [ "$status" -eq 0 ] || (set -o noclobber && echo "$status" >"$FLEXSP_RANK_LOGS/failed") 2>/dev/null
     exit "$status"
 }
 
@@ -198,6 +200,9 @@ _flexsp_run() {
         wait "$step" || : # which a signal ends early
     done
     wait "$step" || flexsp_status=$?
+    if [ "$flexsp_status" -ne 0 ] && [ -s "$FLEXSP_RANK_LOGS/failed" ]; then
+        flexsp_status=$(<"$FLEXSP_RANK_LOGS/failed") # srun's is the highest of all nodes, killed ones counted
+    fi
     trap '' USR1
 }
 

@@ -30,7 +30,6 @@ MODEL = """
 JOB = MODEL.split()
 ON_THE_CPU = {
     "FLEXSP_DEVICE": "cpu",
-    "FLEXSP_PYTHON": sys.executable,
     "GLOO_SOCKET_IFNAME": "lo",
     "OMP_NUM_THREADS": "1",
     "PYTHONWARNINGS": "ignore",
@@ -60,10 +59,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield cluster
 
 
-def submit(cluster: Cluster, folder: Path, *arguments: str, python: Path | None = None) -> str:
+def submit(
+    cluster: Cluster, folder: Path, *arguments: str, python: Path | str = sys.executable, **environment: str
+) -> str:
     """The id of a job of two nodes, one rank each, that runs in a folder."""
     folder.mkdir(exist_ok=True)
-    environment = ON_THE_CPU if python is None else {**ON_THE_CPU, "FLEXSP_PYTHON": str(python)}
+    environment = {**ON_THE_CPU, "FLEXSP_PYTHON": str(python), **environment}
     return cluster.submit("--nodes=2", str(SLURM / "train.sbatch"), *arguments, env=environment, cwd=folder)
 
 
@@ -132,6 +133,15 @@ class TestDecisions:
         ended = cluster.wait(job)
         assert (ended["JobState"], ended["Restarts"], ended["ExitCode"]) == ("FAILED", "0", "3:0")
         assert "given up: no new checkpoint since iteration 0" in said(tmp_path, job)
+
+    def test_a_failure_before_another_node_has_started_is_told_by_its_own_exit_code(
+        self, cluster: Cluster, python: Callable, tmp_path: Path
+    ) -> None:
+        starts_late = tmp_path / "starts_late"
+        starts_late.write_text('[ "$SLURM_PROCID" != 1 ] || exec sleep 60\n')
+        job = submit(cluster, tmp_path, PRETRAIN, python=python("exit 3"), BASH_ENV=str(starts_late))
+        ended = cluster.wait(job)
+        assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", "3:0"), said(tmp_path, job)
 
     def test_a_job_that_fails_later_is_given_up_after_two_starts_without_a_checkpoint(
         self, cluster: Cluster, python: Callable, tmp_path: Path
