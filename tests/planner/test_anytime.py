@@ -32,10 +32,9 @@ def test_no_time_still_gives_a_legal_plan(model, schedule):
 def test_time_limit_is_kept(model, schedule):
     lengths = lognormal(4096)
     limit_seconds = 0.6
-    started = time.monotonic()
+    started = time.process_time()  # which other programs don't lengthen
     plan(lengths, model, 256, schedule=schedule, time_limit_seconds=limit_seconds, degrees=[1, 2, 4, 8, 16, 32, 64])
-    # Twice the limit leaves room for a busy machine; on a quiet one it is kept within a fifth.
-    assert time.monotonic() - started < 2 * limit_seconds
+    assert time.process_time() - started < 1.5 * limit_seconds
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
