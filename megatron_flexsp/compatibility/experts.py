@@ -93,7 +93,12 @@ EXPERT_REFUSALS = (
         subject="--num-experts with --fp8-format and recomputed experts",
         reason="Transformer Engine's recomputation doesn't tell a router which micro-batch is running",
         applies=lambda args: (
-            (args.recompute_granularity == "full" or "moe" in (args.recompute_modules or ()) or recomputes_some(args))
+            (
+                args.recompute_granularity == "full"
+                or "moe" in (args.recompute_modules or ())
+                or getattr(args, "moe_layer_recompute", False)
+                or recomputes_some(args)
+            )
             and getattr(args, "fp8", None)
         ),
     ),

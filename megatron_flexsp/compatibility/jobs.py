@@ -267,10 +267,10 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         applies=lambda args: getattr(args, "use_legacy_models", False),
     ),
     Refusal(
-        flags=("--logits-load-dir",),
-        subject="--logits-load-dir",
-        reason="the teacher's logits are stored in the order of Megatron's own samples",
-        applies=lambda args: getattr(args, "logits_load_dir", None),
+        flags=("--logits-load-dir", "--logits-save-dir"),
+        subject="--logits-load-dir and --logits-save-dir",
+        reason="a teacher's logits are stored in the order of Megatron's own samples",
+        applies=lambda args: getattr(args, "logits_load_dir", None) or getattr(args, "logits_save_dir", None),
     ),
     Refusal(
         flags=("--tensor-parallel-num-weight-shards", "--expert-tensor-parallel-num-weight-shards"),
@@ -294,6 +294,22 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         # It moves communication in time and leaves the sums as they are.
         mendable=True,
         applies=lambda args: not getattr(args, "align_grad_reduce", True),
+    ),
+    Refusal(
+        flags=("--defer-embedding-wgrad-compute",),
+        subject="--defer-embedding-wgrad-compute",
+        reason="it takes a rank's micro-batches for equally long, and for more than one",
+        # It moves compute in time and leaves the sums as they are.
+        mendable=True,
+        applies=lambda args: getattr(args, "defer_embedding_wgrad_compute", False),
+    ),
+    Refusal(
+        flags=("--cpu-offloading-retain-pinned-cpu-buffers",),
+        subject="--cpu-offloading-retain-pinned-cpu-buffers",
+        reason="these buffers have one size, micro-batches have many",
+        # It changes speed alone.
+        mendable=True,
+        applies=lambda args: getattr(args, "cpu_offloading_retain_pinned_cpu_buffers", False),
     ),
     Refusal(
         flags=("--fine-grained-activation-offloading",),

@@ -12,6 +12,11 @@ def recomputes_some(args: argparse.Namespace) -> bool:
     return bool(getattr(args, "flexsp_recompute", False))
 
 
+def _is_selective(args: argparse.Namespace) -> bool:
+    """Whether all micro-batches recompute single modules; ``--recompute-activations`` is an older name for it."""
+    return bool(args.recompute_granularity == "selective" or getattr(args, "recompute_activations", False))
+
+
 RECOMPUTE_REFUSALS = (
     Refusal(
         flags=("--recompute-granularity",),
@@ -28,7 +33,7 @@ RECOMPUTE_REFUSALS = (
         remedy="Leave core_attn, or take --flexsp-recompute out",
         applies=lambda args: (
             getattr(args, "moe_layer_recompute", False)
-            or (args.recompute_granularity == "selective" and set(args.recompute_modules or ()) - {"core_attn"})
+            or (_is_selective(args) and set(args.recompute_modules or ()) - {"core_attn"})
         ),
     ),
     Refusal(
@@ -46,5 +51,19 @@ RECOMPUTE_REFUSALS = (
         reason="Megatron distributes them only where it recomputes everything",
         remedy="Use --sequence-parallel, which does so with all activations",
         applies=lambda args: getattr(args, "distribute_saved_activations", False),
+    ),
+    Refusal(
+        flags=("--mtp-use-repeated-layer",),
+        subject="--flexsp-recompute with --mtp-use-repeated-layer and --overlap-grad-reduce, without a pipeline",
+        reason="Megatron reduces a gradient once as many parts of it have come as in the first step; that of a layer "
+        "which runs for each depth comes in one part where it is kept, and in one for each depth where it is "
+        "recomputed",
+        remedy="Take one of them out",
+        # The last stage of a pipeline reduces when all of its backward passes are done.
+        applies=lambda args: (
+            getattr(args, "mtp_use_repeated_layer", False)
+            and getattr(args, "overlap_grad_reduce", False)
+            and args.pipeline_model_parallel_size == 1
+        ),
     ),
 )

@@ -31,6 +31,9 @@ _POINTLESS = {
     "--tp-comm-overlap": "its buffers have one size, micro-batches have many; it changes speed alone",
     "--no-align-grad-reduce": "ranks of a pipeline that end at different times would wait; it changes speed alone",
     "--disable-align-grad-reduce": "ranks of a pipeline that end at different times would wait; it changes speed alone",
+    "--defer-embedding-wgrad-compute": "it takes micro-batches for equally long; it changes speed alone",
+    "--cpu-offloading-retain-pinned-cpu-buffers": "these buffers have one size, micro-batches have many; it changes "
+    "speed alone",
     "--overlap-moe-expert-parallel-comm": "it runs two micro-batches by turns, and they may differ in length; it "
     "changes speed alone",
     "--delay-wgrad-compute": "it needs --overlap-moe-expert-parallel-comm; it changes speed alone",

@@ -66,6 +66,9 @@ class TestCompatibility:
             ("--multiple-validation-sets", "--multiple-validation-sets without --full-validation"),
             ("--full-validation", "--full-validation without --multiple-validation-sets"),
             ("--fine-grained-activation-offloading", "--fine-grained-activation-offloading"),
+            ("--cpu-offloading-retain-pinned-cpu-buffers", "--cpu-offloading-retain-pinned-cpu-buffers"),
+            ("--defer-embedding-wgrad-compute", "--defer-embedding-wgrad-compute"),
+            ("--logits-save-dir logits", "--logits-load-dir and --logits-save-dir"),
             ("--iterations-to-skip 3", "--iterations-to-skip"),
         ],
     )

@@ -57,6 +57,14 @@ class TestFlags:
                 "--recompute-granularity selective --recompute-modules core_attn layernorm",
                 "--flexsp-recompute with --recompute-modules other than core_attn",
             ),
+            (
+                "--recompute-activations --recompute-modules layernorm",
+                "--flexsp-recompute with --recompute-modules other than core_attn",
+            ),
+            (
+                "--mtp-num-layers 2 --mtp-use-repeated-layer --overlap-grad-reduce",
+                "--flexsp-recompute with --mtp-use-repeated-layer and --overlap-grad-reduce",
+            ),
             ("--cpu-offloading-num-layers 1", "--flexsp-recompute with --cpu-offloading-num-layers"),
             ("--distribute-saved-activations", "--flexsp-recompute with --distribute-saved-activations"),
             ("--num-experts 8 --fp8-format hybrid", "--num-experts with --fp8-format and recomputed experts"),
