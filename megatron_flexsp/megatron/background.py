@@ -42,11 +42,11 @@ class Background:
         self._calls.put((future, call, args))
         return future
 
-    def finish(self, limit_seconds: float) -> None:
-        """Wait until all calls have returned, but no longer than the limit."""
+    def finish(self, limit_seconds: float) -> bool:
+        """Wait until all calls have returned, but no longer than the limit; returns whether they have."""
         done = threading.Event()
         self.submit(done.set)
-        done.wait(limit_seconds)
+        return done.wait(limit_seconds)
 
     def _run(self) -> None:
         while (next_call := self._calls.get()) is not None:

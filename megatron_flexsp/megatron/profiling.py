@@ -85,7 +85,12 @@ class Profiler:
             if self._steps == 1:
                 return original(*args, **kwargs)
             context: Context = self._run.context
-            self._run.settle(_PLANS_UNDER_WAY_SECONDS)
+            if not self._run.settle(_PLANS_UNDER_WAY_SECONDS):
+                raise FlexSPError(
+                    f"--flexsp-profile: after {_PLANS_UNDER_WAY_SECONDS:.0f} s the first batches are not planned and "
+                    "read yet, so that nothing can be measured. Profile with data that is read faster, or with "
+                    "--mock-data and --flexsp-mock-lengths"
+                )
             runner = StepRunner(original, signature.bind(*args, **kwargs), context)
             _Measurement(self._run, runner, context).take()
             context.hosts.barrier()

@@ -87,13 +87,12 @@ class FlexSPTraining:
         assert self._context is not None
         return self._context
 
-    def settle(self, limit_seconds: float) -> None:
-        """Wait until the thread behind training has shared and read all that it was asked for.
+    def settle(self, limit_seconds: float) -> bool:
+        """Wait until the thread behind training has shared and read all that it was asked for; whether it has.
 
         Before this thread speaks with the other hosts itself: two threads' collectives would mix.
         """
-        if self._background is not None:
-            self._background.finish(limit_seconds)
+        return self._background is None or self._background.finish(limit_seconds)
 
     def wrap_pretrain(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``pretrain`` with our data and forward step in place of the script's."""

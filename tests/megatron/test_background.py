@@ -31,10 +31,10 @@ def test_finish_waits_for_all_calls_but_not_for_ever() -> None:
     background = Background("test")
     release = threading.Event()
     slow = background.submit(release.wait)
-    background.finish(limit_seconds=0.01)
+    assert not background.finish(limit_seconds=0.01)
     assert not slow.done()
     release.set()
-    background.finish(limit_seconds=10)
+    assert background.finish(limit_seconds=10)
     assert slow.done()
 
 
