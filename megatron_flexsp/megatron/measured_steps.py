@@ -91,19 +91,22 @@ class StepRunner:
         return MeasuredBytes(*(self._counted_bytes(batch) if on_cpu() else self._allocated_bytes(batch)))
 
     def exchange_seconds(self, degree: int, bytes_per_rank: int, repeats: int) -> list[float]:
-        """Seconds of one all-to-all of so many bytes from each rank, all blocks of the degree at once. Collective."""
+        """Seconds of one all-to-all of so many bytes from each rank, all groups of the degree at once. Collective.
+
+        In rings among the ranks of each block, as in training: the others never exchange.
+        """
         domain_size, rank = self._context.settings.domain_size, self._context.domain_rank
         first_rank = rank // degree * degree
-        process_group = None
+        group, ranks = None, 1
         if first_rank in first_ranks(degree, domain_size):
-            process_group = self._context.groups.group(first_rank, degree).process_group
+            group = self._context.groups.group(first_rank, degree)
+            ranks = group.block_size
         device = torch.device("cpu") if on_cpu() else torch.device("cuda", torch.cuda.current_device())
-        outgoing = torch.zeros(degree, max(1, bytes_per_rank // degree // 4), dtype=torch.float32, device=device)
-        incoming = torch.empty_like(outgoing)
+        outgoing = torch.zeros(ranks, max(1, bytes_per_rank // ranks // 4), dtype=torch.float32, device=device)
 
         def exchange() -> None:
-            if process_group is not None:
-                dist.all_to_all_single(incoming, outgoing, group=process_group)
+            if group is not None and ranks > 1:
+                group.exchange_in_block(outgoing)
 
         exchange()
         return [self._slowest(exchange) for _ in range(repeats)]
