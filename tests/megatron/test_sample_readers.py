@@ -1,5 +1,7 @@
 """Processes that read samples: what is asked for, in order, and an error where one dies."""
 
+import multiprocessing
+import multiprocessing.context
 import os
 import signal
 from collections.abc import Iterator
@@ -27,6 +29,13 @@ def test_each_request_gets_its_samples_in_order(workers: int) -> None:
         assert [number for number, _ in found] == samples
         assert all((process == os.getpid()) == (workers == 0) for _, process in found)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_data_sets_need_not_travel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.14 starts processes in a way in which they must, unless told otherwise. So does this, everywhere."""
+    context = multiprocessing.get_context("spawn")
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", context)
+    assert SampleReaders(lambda number: -number, workers=1).read([1, 2]) == [-1, -2]
 
 
 def test_a_dead_process_is_an_error() -> None:
