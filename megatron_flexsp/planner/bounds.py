@@ -19,6 +19,8 @@ ROUNDING_SHARE = 1e-10
 MOST_CLASSES = 128
 _COUNTING_SECONDS = 0.05
 _BISECTIONS = 9
+_SETTLED_SHARE = 1e-3
+"""What the lockstep bound gives up where pipelines make it try many numbers of rounds."""
 
 
 def lockstep_bound_seconds(problem: Problem, deadline: float = math.inf) -> float:
@@ -28,23 +30,33 @@ def lockstep_bound_seconds(problem: Problem, deadline: float = math.inf) -> floa
     plan of n rounds and T seconds. Each round lasts at least its overhead, so a sequence can only run at a
     degree that holds it and for which n x overhead + latency + seconds <= T. Ranks are busy for no more than
     N T rank-seconds, of which n N overheads and at least the cheapest such degree of every sequence. The
-    least T that meets this, for the best n, is the bound. More rounds than meet the bound by their overheads
-    alone need not be tried.
+    least T that meets this, for the best n, is the bound.
 
     Where rounds may be recomputed, a sequence takes no less than where it is kept, if a group can keep it, and slots
     hold no more than the capacity of the recomputed: that is what is counted then.
 
     With p pipeline stages, the longest round counts p times. It is no shorter than the mean round, so T is at
-    least 1 + (p - 1) / n times the rounds' sum; and a sequence's own round counts p times, or a longer one.
+    least f(n) = 1 + (p - 1) / n times the rounds' sum; and a sequence's own round counts p times, or a longer one.
+
+    Further rounds cost more, but for f: if n rounds take at least T, m > n of them take at least T f(m) / f(n). So
+    numbers of rounds are settled together where f hardly differs, and all that are left where it hardly exceeds 1.
     """
     if problem.recomputed_tokens_per_rank is not None:
         capacity = problem.recomputed_tokens_per_rank
         problem = replace(problem, tokens_per_rank=capacity, recomputed_tokens_per_rank=None)
-    simple = simple_bound_seconds(problem)
+    simple, further_stages = simple_bound_seconds(problem), problem.pipeline_stages - 1
     if deadline - time.monotonic() < _COUNTING_SECONDS:
         return simple * (1 - ROUNDING_SHARE)
-    counts = lockstep_count_bounds(problem, least_rounds(problem), len(problem.tokens) + 1, math.inf)
-    return max(simple, min(counts.values())) * (1 - ROUNDING_SHARE)
+    classes = make_classes(problem, MOST_CLASSES)
+    count, least, without_fill = least_rounds(problem), math.inf, 0.0
+    while without_fill < (1 - _SETTLED_SHARE) * least and simple < least:
+        seconds = _least_lockstep(classes, count, simple)
+        settled = int(_SETTLED_SHARE * count * (1 + count / max(further_stages, _SETTLED_SHARE)))
+        last = count + settled // problem.count_multiple * problem.count_multiple
+        without_fill = seconds / (1 + further_stages / count)
+        least = min(least, without_fill * (1 + further_stages / last))
+        count = last + problem.count_multiple
+    return max(simple, min(least, without_fill)) * (1 - ROUNDING_SHARE)
 
 
 def lockstep_count_bounds(problem: Problem, fewest: int, how_many: int, limit: float) -> dict[int, float]:
@@ -58,13 +70,9 @@ def lockstep_count_bounds(problem: Problem, fewest: int, how_many: int, limit: f
     for turn in range(how_many):
         count = fewest + turn * problem.count_multiple
         best = min(limit, min(bounds.values(), default=math.inf))
-        if bounds and (
-            (count + stages - 1) * problem.overhead_seconds >= best or (limit == math.inf and best <= floor)
-        ):
+        if bounds and (count + stages - 1) * problem.overhead_seconds >= best:
             break
         bounds[count] = _least_lockstep(classes, count, floor)
-        if limit == math.inf and problem.overhead_seconds == 0 and stages == 1:
-            break  # further rounds cost nothing and, for all that this bound knows, gain nothing
     return bounds
 
 
@@ -93,7 +101,8 @@ def simple_bound_seconds(problem: Problem) -> float:
     With a pipeline, a rank's micro-batches take no longer than without, and the longest one counts once more
     for each further stage.
 
-    A static plan keeps to one degree: give a problem with that degree alone.
+    A static plan keeps to one degree: give a problem with that degree alone. Plans that recompute every micro-batch
+    have a problem of their own (``Problem.recomputing``).
     """
     return max(_work_bound(problem), _longest_sequence_bound(problem))
 

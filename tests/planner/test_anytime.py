@@ -1,11 +1,14 @@
 """Time limits, seeds and degenerate batches, for every schedule."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from megatron_flexsp.planner import CostModel, load_cost_model, plan
+from megatron_flexsp.planner.bounds import lockstep_bound_seconds
+from megatron_flexsp.planner.problem import make_problem
 
 SCHEDULES = ["nested", "lockstep", "static", "batch-adaptive"]
 
@@ -35,6 +38,16 @@ def test_time_limit_is_kept(model, schedule):
     started = time.process_time()  # which other programs don't lengthen
     plan(lengths, model, 256, schedule=schedule, time_limit_seconds=limit_seconds, degrees=[1, 2, 4, 8, 16, 32, 64])
     assert time.process_time() - started < 1.5 * limit_seconds
+
+
+@pytest.mark.parametrize("pipeline_stages", [1, 4, 16])
+def test_time_limit_is_kept_where_any_number_of_rounds_may_be_best(model, pipeline_stages):
+    # Next to no overhead: thousands of rounds cost hardly more than a few, and drain a pipeline sooner.
+    cheap = replace(model, micro_batch_overhead_seconds=1e-3)
+    problem = make_problem(np.arange(100, 8292), cheap, 512, pipeline_stages=pipeline_stages)
+    started = time.process_time()
+    lockstep_bound_seconds(problem)
+    assert time.process_time() - started < 0.5
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
