@@ -76,7 +76,8 @@ def add_flexsp_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
         action="store_true",
         help="Plans may recompute the activations of single micro-batches, so that a rank holds more tokens of them: "
         "of sequences that would fit in no other way, or only in wider groups that cost more. All others keep "
-        "theirs; take --recompute-granularity full out.",
+        "theirs, unless recomputing everything in fewer micro-batches is faster; take --recompute-granularity full "
+        "out.",
     )
     group.add_argument(
         "--flexsp-max-recomputed-tokens-per-rank",

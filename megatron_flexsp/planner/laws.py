@@ -49,17 +49,20 @@ def check_every_sequence_once(plan: "Plan", num_sequences: int) -> None:
 def check_capacity(
     plan: "Plan", lengths: list[int], token_capacity: int, slice_multiple: int, recomputed_token_capacity: int | None
 ) -> None:
-    """No rank's slice, padding counted, holds more tokens than its capacity; what fits is not recomputed.
+    """No rank's slice, padding counted, holds more tokens than its capacity; what fits is not recomputed, or all is.
 
     In lockstep whole rounds are recomputed, with whatever they hold (``check_schedule``).
     """
+    is_whole = plan.schedule == "lockstep" or all(item.recomputed or item.is_filler for item in plan.micro_batches)
     for index, item in enumerate(plan.micro_batches):
         capacity = token_capacity
         if item.recomputed:
             if recomputed_token_capacity is None:
                 raise PlanError(f"micro-batch {index} is recomputed; nothing may be")
             capacity = recomputed_token_capacity
-            if plan.schedule != "lockstep":
+            if plan.schedule != "lockstep" and item.is_filler:
+                raise PlanError(f"micro-batch {index} is a filler and recomputed; fillers are not")
+            if not is_whole:
                 _check_needs_recomputing(index, item, lengths, token_capacity, slice_multiple)
         total_tokens = sum(lengths[position] for position in item.sequences)
         tokens_per_rank = slice_tokens(total_tokens, item.degree, slice_multiple)
@@ -74,13 +77,11 @@ def _check_needs_recomputing(
     index: int, item: "MicroBatch", lengths: list[int], token_capacity: int, slice_multiple: int
 ) -> None:
     """All sequences of a recomputed micro-batch must need it."""
-    if item.is_filler:
-        raise PlanError(f"micro-batch {index} is a filler and recomputed; fillers are not")
     for position in item.sequences:
         if slice_tokens(lengths[position], item.degree, slice_multiple) <= token_capacity:
             raise PlanError(
                 f"micro-batch {index} is recomputed and holds sequence {position} of {lengths[position]} tokens, which "
-                f"{item.degree} ranks can hold without"
+                f"{item.degree} ranks can hold without, and others are not recomputed"
             )
 
 

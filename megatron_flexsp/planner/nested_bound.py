@@ -64,6 +64,7 @@ def nested_bound_seconds(problem: Problem, deadline: float = math.inf) -> float:
 
     Micro-batches that are recomputed hold more tokens, and no sequence that need not be (``laws.check_capacity``). So a
     sequence that a degree would recompute fills slots of the greater capacity; their latency is taken for the others'.
+    Plans that recompute every micro-batch have a problem of their own (``Problem.recomputing``).
 
     With p pipeline stages, the longest micro-batch of a rank counts p times (``step_seconds``). It is no shorter
     than their mean, so the n micro-batches themselves have no more than T n / (n + p - 1) seconds.

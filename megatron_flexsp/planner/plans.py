@@ -38,8 +38,9 @@ class MicroBatch:
     """Positions in the global batch."""
 
     recomputed: bool = False
-    """Whether activations are recomputed in the backward pass, so that a rank can hold more tokens. Only sequences
-    that fit no other micro-batch of the degree are in such a one; in lockstep, whole rounds are recomputed."""
+    """Whether activations are recomputed in the backward pass, so that a rank can hold more tokens. Either only
+    sequences that fit no other micro-batch of the degree are in such a one, or all are; in lockstep, whole rounds are
+    recomputed."""
 
     @property
     def is_filler(self) -> bool:

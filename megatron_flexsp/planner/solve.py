@@ -15,7 +15,7 @@ from megatron_flexsp.planner.exhaustive import best_lockstep, best_nested, is_ti
 from megatron_flexsp.planner.laws import SCHEDULES
 from megatron_flexsp.planner.lockstep import in_order, search_rounds
 from megatron_flexsp.planner.nested_bound import nested_bound_seconds
-from megatron_flexsp.planner.packing import with_fillers
+from megatron_flexsp.planner.packing import path_seconds, with_fillers
 from megatron_flexsp.planner.plans import MicroBatch, Plan
 from megatron_flexsp.planner.problem import Problem, make_problem
 from megatron_flexsp.planner.rounds import micro_batches_of
@@ -65,8 +65,8 @@ def plan(
         Tokens that a rank can hold in one micro-batch; by default what the cost model's memory constants say.
     recomputed_token_capacity
         Tokens that a rank can hold in a micro-batch whose activations are recomputed. Where it is given, plans do so
-        with sequences that would fit in no other way, or only in groups so wide that exchanging costs more; in lockstep
-        with whole rounds, so that all their ranks make the same calls.
+        with sequences that would fit in no other way, or only in groups so wide that exchanging costs more, or with
+        all; in lockstep with whole rounds, so that all their ranks make the same calls.
     slice_multiple
         Each rank's slice of a pack is padded up to a multiple of so many tokens.
     count_multiple
@@ -147,13 +147,35 @@ def _solve(problem: Problem, schedule: str, deadline: float, seed: int) -> _Answ
 
 
 def _nested(problem: Problem, deadline: float, seed: int) -> _Answer:
-    bound_seconds = nested_bound_seconds(problem, deadline)
+    """What must be or had better be is recomputed or, where that is faster, every micro-batch is."""
+    answer, seconds = _as_it_stands(problem, nested_bound_seconds(problem, deadline), deadline, seed)
+    whole = problem.recomputing
+    if whole is None:
+        return answer
+    bound_seconds = simple_bound_seconds(whole)
+    if bound_seconds < seconds:
+        bound_seconds = nested_bound_seconds(whole, deadline)
+    least_seconds, can_pay = min(answer.bound_seconds, bound_seconds), bound_seconds < seconds
+    if not can_pay or answer.is_cut_short:
+        return replace(answer, bound_seconds=least_seconds, is_best=answer.is_best and not can_pay)
+    again, seconds_again = _as_it_stands(whole, bound_seconds, deadline, seed)
+    is_best = answer.is_best and again.is_best
+    if seconds_again < seconds:
+        items = tuple(replace(item, recomputed=not item.is_filler) for item in again.micro_batches)
+        answer = replace(again, micro_batches=items)
+    return replace(answer, bound_seconds=least_seconds, is_best=is_best, is_cut_short=again.is_cut_short)
+
+
+def _as_it_stands(problem: Problem, bound_seconds: float, deadline: float, seed: int) -> tuple[_Answer, float]:
+    """A nested plan of the problem, and its step before ``_with_endings``."""
     found, is_cut_short = search_degrees(problem, bound_seconds, deadline, seed)
-    if is_tiny(problem) and found.seconds > bound_seconds:
-        better, is_complete = best_nested(problem, found.seconds, deadline)
-        items = found.micro_batches if better is None else with_fillers(problem, better)
-        return _Answer(items, bound_seconds, is_complete, is_cut_short)
-    return _Answer(found.micro_batches, bound_seconds, False, is_cut_short)
+    items, seconds, is_complete = found.micro_batches, found.seconds, False
+    if is_tiny(problem) and seconds > bound_seconds:
+        better, is_complete = best_nested(problem, seconds, deadline)
+        if better is not None:
+            items = with_fillers(problem, better)
+            seconds = path_seconds(problem, items)
+    return _Answer(items, bound_seconds, is_complete, is_cut_short), seconds
 
 
 def _lockstep(problem: Problem, deadline: float, seed: int) -> _Answer:
@@ -226,7 +248,7 @@ def _best_static(problems: list[Problem], planned: Callable[[Problem, str, float
     Most promising first, each with an equal share of the time that is left. Those whose bound lies above the
     best plan need no search.
     """
-    by_promise = sorted((simple_bound_seconds(problem), problem.degrees, problem) for problem in problems)
+    by_promise = sorted((_promised_seconds(problem), problem.degrees, problem) for problem in problems)
     best: Plan | None = None
     least_bound = math.inf
     for turn, (bound_seconds, _, problem) in enumerate(by_promise):
@@ -239,3 +261,8 @@ def _best_static(problems: list[Problem], planned: Callable[[Problem, str, float
             best = found
     assert best is not None, "there is at least one problem"
     return _with_bound(best, min(least_bound, best.predicted_seconds))
+
+
+def _promised_seconds(problem: Problem) -> float:
+    """A bound, quickly, on all plans of a problem, those that recompute every micro-batch among them."""
+    return min(simple_bound_seconds(kind) for kind in (problem, problem.recomputing) if kind is not None)

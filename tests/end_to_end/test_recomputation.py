@@ -2,6 +2,9 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
+
+from megatron_flexsp.planner import CostModel
 
 from .conftest import TRANSFORMER_ENGINE
 from .test_equality import GQA, INTERLEAVED, OVERLAPS, PIPELINE, assert_equal
@@ -26,11 +29,25 @@ def test_some_recomputed_with_both_overlaps(train: Callable, reference: Callable
     assert 3 * max(bytes_per_token["recomputed"]) < min(bytes_per_token["plain"])
 
 
-def test_the_planners_own_choice_in_an_interleaved_pipeline(train: Callable, reference: Callable) -> None:
+def test_the_planners_own_choice_in_an_interleaved_pipeline(
+    train: Callable, reference: Callable, tmp_path: Path
+) -> None:
     """Transformer Engine's layers. Forward passes of other micro-batches come between a forward and its backward."""
     model = (*GQA, *INTERLEAVED, *TRANSFORMER_ENGINE)
+    costs = CostModel(  # without overheads, which recomputing everything would save
+        memory_budget_bytes=1e9,
+        model_state_bytes=0,
+        activation_bytes_per_token=1e7,
+        attention_seconds_per_token_squared=1e-8,
+        linear_seconds_per_token=1e-5,
+        micro_batch_overhead_seconds=0,
+        exchange_bytes_per_token=1e5,
+        exchange_bandwidth_bytes_per_second={2: 1e9},
+    )
+    (tmp_path / "costs.json").write_text(costs.to_json())
     capacities = ("--flexsp-max-tokens-per-rank", "20", "--flexsp-max-recomputed-tokens-per-rank", "50")
-    run = train(4, *model, "--flexsp-recompute", *capacities, gradients=True)
+    planned = ("--flexsp-recompute", *capacities, "--flexsp-cost-model", str(tmp_path / "costs.json"))
+    run = train(4, *model, *planned, gradients=True)
     counts = re.findall(r"micro-batches of each degree: (.+?) \| recomputed: (.+?) \|", run.output)
     assert len(counts) == 5
     assert all(of_all != recomputed for of_all, recomputed in counts)

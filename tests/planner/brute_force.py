@@ -9,8 +9,13 @@ from megatron_flexsp.planner import first_ranks, legal_degrees
 
 def best_seconds(schedule, lengths, cost_model, domain_size, **settings):
     """The step of the best legal plan."""
-    search = _lockstep if schedule == "lockstep" else _nested
-    return search(sorted(lengths), cost_model, domain_size, **settings)
+    lengths = sorted(lengths)
+    if schedule == "lockstep":
+        return _lockstep(lengths, cost_model, domain_size, **settings)
+    best = _nested(lengths, cost_model, domain_size, **settings)
+    if settings.get("recomputed_capacity") is None:
+        return best
+    return min(best, _nested(lengths, cost_model, domain_size, recomputes_all=True, **settings))
 
 
 def _nested(
@@ -21,6 +26,7 @@ def _nested(
     capacity,
     degrees,
     recomputed_capacity=None,
+    recomputes_all=False,
     count_multiple=1,
     pipeline_stages=1,
 ):
@@ -29,7 +35,7 @@ def _nested(
     packs = []  # (first rank, degree, lengths)
 
     def is_recomputed(degree, held):
-        return recomputed_capacity is not None and min(held) > degree * capacity
+        return recomputes_all or (recomputed_capacity is not None and min(held) > degree * capacity)
 
     def fits(degree, held):
         return sum(held) <= degree * (recomputed_capacity if is_recomputed(degree, held) else capacity)

@@ -118,10 +118,13 @@ def test_capacity_counts_the_padding_of_slices():
             "sequence 0 of 100 tokens, which 2 ranks can hold",
         ),
         (make_plan((0, 1, (0, 3), True), (1, 1, (1, 2))), "sequence 3 of 10 tokens, which 1 ranks can hold without"),
+        (make_plan((0, 2, (0, 1, 2, 3), True), (0, 1, ()), (1, 1, ())), None),
+        (make_plan((0, 1, (0, 3), True), (1, 1, (1, 2), True)), None),
         (make_plan((0, 1, (0,), True), (1, 1, (1, 2, 3)), (0, 1, (), True)), "fillers are not"),
+        (make_plan((0, 1, (0, 3), True), (1, 1, (1, 2), True), (0, 1, (), True)), "fillers are not"),
     ],
 )
-def test_only_what_fits_in_no_other_way_is_recomputed(plan, law):
+def test_only_what_fits_in_no_other_way_is_recomputed_or_all_is(plan, law):
     with nullcontext() if law is None else pytest.raises(PlanError, match=law):
         plan.validate(LENGTHS, token_capacity=60, recomputed_token_capacity=120)
     with pytest.raises(PlanError, match="nothing may be"):

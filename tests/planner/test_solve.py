@@ -16,6 +16,19 @@ def test_one_sequence_that_fits_one_rank(simple_model):
     assert found.predicted_seconds == 60
 
 
+@pytest.mark.parametrize("schedule", ["nested", "static", "batch-adaptive"])
+@pytest.mark.parametrize(("overhead_seconds", "all_again"), [(10, False), (100, True)])
+def test_all_is_recomputed_where_fewer_micro_batches_save_more(simple_model, schedule, overhead_seconds, all_again):
+    # Kept, twelve packs of 100 tokens, six on each rank; recomputed, four of 300, two on each.
+    cost_model = replace(simple_model, micro_batch_overhead_seconds=overhead_seconds)
+    found = plan([50] * 24, cost_model, 2, schedule=schedule, recomputed_token_capacity=300)
+    found.validate([50] * 24, 100, recomputed_token_capacity=300)
+    assert {item.recomputed for item in found.micro_batches} == {all_again}
+    kept, recomputed = 6 * (overhead_seconds + 100), 4 / 3 * 2 * (overhead_seconds + 300)
+    assert found.predicted_seconds == pytest.approx(min(kept, recomputed))
+    assert found.lower_bound_seconds == pytest.approx(min(kept, recomputed), rel=1e-6)
+
+
 def test_equal_sequences_go_one_to_a_rank_and_that_is_optimal(simple_model):
     found = plan([50, 50, 50, 50], simple_model, domain_size=4)
     assert sorted(item.first_rank for item in found.micro_batches) == [0, 1, 2, 3]
