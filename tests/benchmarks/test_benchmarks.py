@@ -30,7 +30,7 @@ LOOPBACK = CostModel(
 def benchmark(name: str, *arguments: str) -> str:
     command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
     environment = {**os.environ, "COLUMNS": "400"}  # or a heading is broken over two lines
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

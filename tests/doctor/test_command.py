@@ -18,7 +18,7 @@ def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         env=environment_of(environment),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

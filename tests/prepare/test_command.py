@@ -15,7 +15,7 @@ from megatron_flexsp.cli import main
 
 def flexsp(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_flexsp.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL)
 
 
 def test_prepares_json_lines_and_prints_the_lengths(tmp_path: Path) -> None:

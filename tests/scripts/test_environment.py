@@ -29,7 +29,7 @@ def call(repository: Path, *command: str, path: str | None = None) -> subprocess
         env={**os.environ, "PATH": path or os.environ["PATH"]},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         stdin=subprocess.DEVNULL,
         cwd=repository.parent,
     )
