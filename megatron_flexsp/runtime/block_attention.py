@@ -34,6 +34,11 @@ class Segments:
         return not any(map(min, self.q_lengths, self.k_lengths))
 
     @cached_property
+    def has_keyless(self) -> bool:
+        """Whether some stretch of queries has no keys at all."""
+        return 0 in self.k_lengths
+
+    @cached_property
     def longest_q(self) -> int:
         """What a GPU's kernel is told of the longest stretch of queries: its tokens, but 2 at least.
 
@@ -113,7 +118,7 @@ def block_attention(
             scale=softmax_scale,
         )
         # The kernel says plus infinity where there are no keys.
-        return out_ThD, lse_hT.masked_fill_(lse_hT == torch.inf, -torch.inf) if 0 in segments.k_lengths else lse_hT
+        return out_ThD, lse_hT.masked_fill_(lse_hT == torch.inf, -torch.inf) if segments.has_keyless else lse_hT
     out_ThD = torch.zeros(q_ThD.shape, dtype=q_ThD.dtype)
     lse_hT = torch.full((q_ThD.shape[1], q_ThD.shape[0]), -torch.inf)
     for q, k in _spans(segments):
