@@ -121,6 +121,11 @@ class TestSettings:
         assert (tensor.domain_size, tensor.degrees, tensor.slice_multiple) == (4, (1, 2, 4), 2)
         assert settings_from_args(parse("--tensor-model-parallel-size 2")).slice_multiple == 1
 
+        for recipe, alone, gathered in (("delayed", 16, 32), ("mxfp8", 32, 64), ("blockwise", 16, 256)):
+            in_eight_bits = f"--tensor-model-parallel-size 2 --fp8-format e4m3 --fp8-recipe {recipe}"
+            assert settings_from_args(parse(in_eight_bits)).slice_multiple == alone
+            assert settings_from_args(parse(f"{in_eight_bits} --sequence-parallel")).slice_multiple == gathered
+
         pipeline = settings_from_args(parse("--pipeline-model-parallel-size 2"))
         assert (pipeline.domain_size, pipeline.count_multiple, pipeline.micro_batches_in_flight) == (4, 1, 2)
 

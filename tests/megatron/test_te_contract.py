@@ -171,6 +171,14 @@ def test_kernels_of_8_bits_ask_of_tokens_what_slices_are_padded_to(release: Rele
     assert "MXFP8_BLOCK_SCALING_SIZE = 32" in [ast.unparse(line) for line in constants]
 
 
+def test_blocks_are_gathered_whole(release: Release) -> None:
+    """Under sequence parallelism slices are padded to them; the oldest release takes nothing else."""
+    path = "pytorch/tensor/float8_blockwise_tensor.py"
+    asked = ast.unparse(release.function(path, "Float8BlockQuantizer.is_quantizable"))
+    assert asked.count("% self.block_len != 0") == 2
+    assert "self.block_len = 128" in ast.unparse(release.function(path, "Float8BlockQuantizer.__init__"))
+
+
 def test_scaling_is_reduced_over_the_given_group_when_the_outermost_context_ends(release: Release) -> None:
     """The stand-in does so too; by other recipes than delayed scaling nothing is put into the buffer."""
     file = real_file(release, "pytorch/quantization.py", "pytorch/fp8.py")
