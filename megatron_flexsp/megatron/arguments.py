@@ -270,13 +270,14 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
             f"--global-batch-size {args.global_batch_size} must be a multiple of the {domain_size} data-parallel "
             f"ranks ({args.world_size} ranks / {model_parallel_size})"
         )
+    slice_multiple = precision.slice_multiple(args)
     for flag, value, least in (
         ("--flexsp-plan-ahead", args.flexsp_plan_ahead, 1),
         ("--flexsp-exchange-parts", args.flexsp_exchange_parts, 1),
         ("--flexsp-solver-time-limit", args.flexsp_solver_time_limit, 0),
         ("--flexsp-profile-seconds", args.flexsp_profile_seconds, 0),
-        ("--flexsp-max-tokens-per-rank", args.flexsp_max_tokens_per_rank, 1),
-        ("--flexsp-max-recomputed-tokens-per-rank", args.flexsp_max_recomputed_tokens_per_rank, 1),
+        ("--flexsp-max-tokens-per-rank", args.flexsp_max_tokens_per_rank, slice_multiple),
+        ("--flexsp-max-recomputed-tokens-per-rank", args.flexsp_max_recomputed_tokens_per_rank, slice_multiple),
     ):
         if value is not None and not value >= least:  # nan is not
             raise FlexSPError(f"{flag} {value}: must be at least {least}")
@@ -346,7 +347,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         profile_seconds=args.flexsp_profile_seconds,
         domain_size=domain_size,
         query_heads=args.num_attention_heads // args.tensor_model_parallel_size,
-        slice_multiple=precision.slice_multiple(args),
+        slice_multiple=slice_multiple,
         count_multiple=count_multiple,
         pipeline_stages=pipeline_size,
         micro_batches_in_flight=in_flight,

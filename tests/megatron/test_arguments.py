@@ -193,6 +193,10 @@ class TestSettings:
             ("--flexsp-mock-lengths lengths.txt", "--flexsp-mock-lengths needs --mock-data"),
             ("--flexsp-plan-ahead 0", "--flexsp-plan-ahead 0: must be at least 1"),
             ("--flexsp-max-tokens-per-rank 0", "--flexsp-max-tokens-per-rank 0: must be at least 1"),
+            (
+                "--fp8-format hybrid --fp8-recipe mxfp8 --flexsp-max-tokens-per-rank 24",
+                "--flexsp-max-tokens-per-rank 24: must be at least 32",
+            ),
             ("--flexsp-solver-time-limit -1", "--flexsp-solver-time-limit -1.0: must be at least 0"),
             ("--flexsp-solver-time-limit nan", "--flexsp-solver-time-limit nan: must be at least 0"),
             ("--global-batch-size 12", r"--global-batch-size 12 must be a multiple of the 8 data-parallel ranks"),
