@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from megatron_flexsp.planner.bounds import least_rounds, lockstep_count_bounds
 from megatron_flexsp.planner.exchange import exchange
-from megatron_flexsp.planner.problem import Problem
+from megatron_flexsp.planner.problem import Problem, degrees_that_pay
 from megatron_flexsp.planner.round_program import blast, plan_round
 from megatron_flexsp.planner.rounds import (
     Group,
@@ -25,6 +25,7 @@ from megatron_flexsp.planner.rounds import (
     round_seconds,
     step_of_rounds,
 )
+from megatron_flexsp.planner.search import FAR
 
 _RULES = (RoundRules(), RoundRules(widen_most=1 << 30), RoundRules(widen_most=1))
 _RATIOS = (1.0, 1.4, 2.2, 5.0)
@@ -68,6 +69,17 @@ def search_rounds(
     -------
     Rounds, the longest first; their step; and whether the deadline cut the search short.
     """
+    found = _search(problem, bound_seconds, deadline, seed)
+    paying = degrees_that_pay(problem)
+    if found.seconds > bound_seconds * (1 + FAR) and paying != problem.degrees and not found.is_late:
+        # As for nested plans (``search_degrees``): a pass takes the narrowest degree for the cheapest.
+        other = _search(replace(problem, degrees=paying), bound_seconds, deadline, seed)
+        found = min(other, found, key=lambda state: state.seconds)
+    return found.best, found.seconds, found.is_late
+
+
+def _search(problem: Problem, bound_seconds: float, deadline: float, seed: int) -> "_Search":
+    """Rounds with the problem's degrees, all passes made."""
     state = _Search(problem, bound_seconds, deadline)
     for least_seconds, recomputed in sorted(_starts(problem, state.seconds)):
         if least_seconds < state.seconds:
@@ -76,7 +88,7 @@ def search_rounds(
     _choose_groups_again(state, seed)
     if not state.is_over:
         state.offer(exchange(problem, state.best, deadline))
-    return state.best, state.seconds, state.is_late
+    return state
 
 
 class _Search:

@@ -131,6 +131,25 @@ def topping_up_pays(problem: Problem, degree: int) -> bool:
     return dearer / problem.tokens[0] * problem.tokens_per_rank < problem.overhead_seconds
 
 
+def degrees_that_pay(problem: Problem) -> tuple[int, ...]:
+    """The degrees on which full packs of the batch take fewer rank-seconds than on any wider one."""
+    tokens = problem.tokens_array
+
+    def rank_seconds(degree: int, held: int) -> float:
+        """Of all sequences that a narrower degree holds."""
+        opening = problem.overhead_seconds + problem.latency_seconds[degree]
+        work = degree * float(problem.seconds_arrays[degree][:held].sum())
+        return work + opening * float(tokens[:held].sum()) / problem.tokens_per_rank
+
+    paying = []
+    for place, degree in enumerate(problem.degrees):
+        held = int(np.searchsorted(tokens, problem.pack_tokens(degree), side="right"))
+        own = rank_seconds(degree, held)
+        if all(own < rank_seconds(wider, held) for wider in problem.degrees[place + 1 :]):
+            paying.append(degree)
+    return tuple(paying)
+
+
 def make_problem(
     lengths: ArrayLike,
     cost_model: CostModel,

@@ -5,10 +5,8 @@ import random
 import time
 from dataclasses import replace
 
-import numpy as np
-
 from megatron_flexsp.planner.packing import Packing, Rules, pack
-from megatron_flexsp.planner.problem import Problem
+from megatron_flexsp.planner.problem import Problem, degrees_that_pay
 
 _ANY_TIME_LEFT = 1e9  # overheads, in the rules: top up whatever time is left
 _FIXED_RULES = (
@@ -30,7 +28,7 @@ _PIPELINE_RULES = tuple(
 _CLOSE_ENOUGH = 4e-3
 """A share of the bound within which no further pass is worth its time."""
 
-_FAR, _VERY_FAR = 0.05, 0.1
+FAR, _VERY_FAR = 0.05, 0.1
 """Shares of the bound above it that make it worth leaving degrees out."""
 
 _RECOMPUTING_PRICES = (0.9, 1.0, 1.0, 1.0, 1.1, 1.3, math.inf)
@@ -99,7 +97,7 @@ def search_degrees(problem: Problem, bound_seconds: float, deadline: float, seed
     ones, or with a single one.
     """
     best, is_cut_short = search(problem, bound_seconds, deadline, seed)
-    for degrees, far in ((_that_pay(problem), _FAR), *(((degree,), _VERY_FAR) for degree in problem.degrees)):
+    for degrees, far in ((degrees_that_pay(problem), FAR), *(((degree,), _VERY_FAR) for degree in problem.degrees)):
         alone = replace(problem, degrees=degrees)
         if best.seconds <= bound_seconds * (1 + far) or degrees == problem.degrees or is_cut_short:
             continue
@@ -107,25 +105,6 @@ def search_degrees(problem: Problem, bound_seconds: float, deadline: float, seed
             found, is_cut_short = search(alone, bound_seconds, deadline, seed)
             best = min(best, found, key=lambda packing: packing.seconds)
     return best, is_cut_short
-
-
-def _that_pay(problem: Problem) -> tuple[int, ...]:
-    """The degrees on which full packs of the batch take fewer rank-seconds than on any wider one."""
-    tokens = problem.tokens_array
-
-    def rank_seconds(degree: int, held: int) -> float:
-        """Of all sequences that a narrower degree holds."""
-        opening = problem.overhead_seconds + problem.latency_seconds[degree]
-        work = degree * float(problem.seconds_arrays[degree][:held].sum())
-        return work + opening * float(tokens[:held].sum()) / problem.tokens_per_rank
-
-    paying = []
-    for place, degree in enumerate(problem.degrees):
-        held = int(np.searchsorted(tokens, problem.pack_tokens(degree), side="right"))
-        own = rank_seconds(degree, held)
-        if all(own < rank_seconds(wider, held) for wider in problem.degrees[place + 1 :]):
-            paying.append(degree)
-    return tuple(paying)
 
 
 class _Search:

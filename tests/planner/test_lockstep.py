@@ -1,8 +1,10 @@
 """Lockstep rounds of batches too large to go through all plans."""
 
+from dataclasses import replace
+
 import numpy as np
 
-from megatron_flexsp.planner import CostModel, plan
+from megatron_flexsp.planner import CostModel, load_cost_model, plan
 
 
 def test_rounds_are_all_recomputed_where_that_saves_rounds() -> None:
@@ -27,3 +29,17 @@ def test_rounds_are_all_recomputed_where_that_saves_rounds() -> None:
         assert found.predicted_seconds <= alone.predicted_seconds * 1.01
     assert found.predicted_seconds <= 1.1 * found.lower_bound_seconds
     found.validate(lengths, cost_model.token_capacity, recomputed_token_capacity=capacity)
+
+
+def test_degrees_that_do_not_pay_are_left_out() -> None:
+    # The whole domain exchanges at once; any group inside of it waits for half a second.
+    cost_model = replace(
+        load_cost_model("gpt-7b-192k"),
+        micro_batch_overhead_seconds=0.05,
+        exchange_bandwidth_bytes_per_second=dict.fromkeys((2, 4, 8, 16), 1e11),
+        exchange_latency_seconds=dict.fromkeys((2, 4, 8), 0.5),
+    )
+    lengths = np.random.default_rng(0).lognormal(8, 1, 64).astype(np.int64) + 1
+    found = plan(lengths, cost_model, 16, schedule="lockstep")
+    without = plan(lengths, cost_model, 16, schedule="lockstep", degrees=(1, 16))
+    assert found.predicted_seconds <= without.predicted_seconds * (1 + 1e-9)
