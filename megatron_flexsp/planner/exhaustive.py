@@ -105,7 +105,7 @@ class _Walk(ABC):
             following = [way for way in set(self.ways(state, missing - 1)) if way not in seen]
             seen.update(following)
             ranked = [(self._least(way, missing - 1), way) for way in following]
-            ranked.sort(key=lambda pair: pair, reverse=True)
+            ranked.sort(reverse=True)
             stack += [(way, missing - 1) for least, way in ranked if least < best_seconds]
         return Exhausted(best, is_complete=True)
 

@@ -37,13 +37,10 @@ Round = tuple[Group, ...]
 
 @dataclass(frozen=True)
 class RoundRules:
-    """The choices that a greedy pass leaves open."""
+    """The choice that a greedy pass leaves open."""
 
     widen_most: int = 8
     """Put a sequence into an open group of up to so many times its own degree before opening a further group."""
-
-    spread: bool = False
-    """Put a sequence into the open group with the most time left, not the least."""
 
 
 def group_seconds(problem: Problem, group: Group) -> float:
@@ -93,7 +90,7 @@ def pack_rounds(problem: Problem, shapes: Sequence[Shape], rules: RoundRules) ->
     shapes
         Seconds of each round, and whether it is recomputed.
     rules
-        The choices to make on the way.
+        The choice to make on the way.
 
     Returns
     -------
@@ -172,7 +169,7 @@ class _Rounds:
         unfit |= self._tokens_left[:count] < self._problem.tokens[sequence]
         if widest is not None:
             unfit |= self._degrees[:count] > widest
-        keys = -left if self._rules.spread else left + self._narrow_first[:count]
+        keys = left + self._narrow_first[:count]
         keys[unfit] = np.inf
         best = int(keys.argmin())
         return -1 if unfit[best] else best
