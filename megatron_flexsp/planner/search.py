@@ -5,6 +5,7 @@ import random
 import time
 from dataclasses import replace
 
+from megatron_flexsp.planner.bounds import simple_bound_seconds
 from megatron_flexsp.planner.packing import Packing, Rules, pack
 from megatron_flexsp.planner.problem import Problem, degrees_that_pay
 
@@ -29,7 +30,10 @@ _CLOSE_ENOUGH = 4e-3
 """A share of the bound within which no further pass is worth its time."""
 
 FAR, _VERY_FAR = 0.05, 0.1
-"""Shares of the bound above it that make it worth leaving degrees out."""
+"""Shares of the bound above it that make it worth leaving degrees out, and all but one, without a look at it."""
+
+_WITHIN_REACH = 0.03
+"""A share of a pass's time that a search mostly gains on it."""
 
 _RECOMPUTING_PRICES = (0.9, 1.0, 1.0, 1.0, 1.1, 1.3, math.inf)
 
@@ -90,21 +94,32 @@ def _fixed_rules(problem: Problem) -> tuple[Rules, ...]:
 
 
 def search_degrees(problem: Problem, bound_seconds: float, deadline: float, seed: int = 0) -> tuple[Packing, bool]:
-    """What ``search`` finds, and where that is far from the bound, what it finds with some of the degrees left out.
+    """What ``search`` finds, and what it finds with some of the degrees left out where that may be better.
 
     A pass takes the narrowest degree that holds a sequence for the cheapest, as it is where wider groups exchange more.
     Where latencies or bandwidths say otherwise, it finds better plans without the degrees that are dearer than wider
-    ones, or with a single one.
+    ones. Where most tokens need wide groups, one degree for all packs more evenly.
     """
     best, is_cut_short = search(problem, bound_seconds, deadline, seed)
-    for degrees, far in ((degrees_that_pay(problem), FAR), *(((degree,), _VERY_FAR) for degree in problem.degrees)):
+    for degrees in (degrees_that_pay(problem), *((degree,) for degree in problem.degrees)):
         alone = replace(problem, degrees=degrees)
-        if best.seconds <= bound_seconds * (1 + far) or degrees == problem.degrees or is_cut_short:
+        if is_cut_short or time.monotonic() >= deadline or degrees == problem.degrees:
             continue
-        if alone.holds(degrees[-1], -1):
+        if alone.holds(degrees[-1], -1) and _may_be_better(alone, best.seconds, bound_seconds):
             found, is_cut_short = search(alone, bound_seconds, deadline, seed)
             best = min(best, found, key=lambda packing: packing.seconds)
     return best, is_cut_short
+
+
+def _may_be_better(problem: Problem, best_seconds: float, bound_seconds: float) -> bool:
+    """Whether a search with a problem's few degrees is worth its time: one pass comes near, or the best is far off."""
+    if best_seconds <= bound_seconds * (1 + _CLOSE_ENOUGH) or best_seconds <= simple_bound_seconds(problem):
+        return False
+    if len(problem.degrees) > 1:
+        return best_seconds > bound_seconds * (1 + FAR)
+    if best_seconds > bound_seconds * (1 + _VERY_FAR):
+        return True
+    return pack(problem, best_seconds * (1 + _WITHIN_REACH), Rules()) is not None
 
 
 class _Search:
