@@ -112,7 +112,7 @@ def decide(job: Job, wishes: Wishes) -> Decision:
     if new:
         batch_size.keep_tokens(job, wishes.mean_of(job), decision.changes, decision.notes)
         _note(job, decision)
-        _note_recomputation(job, capacity, decision)
+    _note_recomputation(job, capacity, decision)
     return decision
 
 

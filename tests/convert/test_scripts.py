@@ -303,6 +303,8 @@ class TestRecomputingEverything:
         (note,) = self.noted(self.FULL[:-1] + "4")
         assert "-recomputed-tokens-per-rank 4096 or so, since it recomputes layer by layer in its place" in note
         (note,) = self.noted(f"{self.FULL} --num-experts 8 --expert-model-parallel-size 2")
+        (note,) = self.noted(f"--flexsp --calculate-per-token-loss --flexsp-max-tokens-per-rank 512 {self.FULL}")
+        assert "-recomputed-tokens-per-rank 512 in its place" in note  # of a FlexSP job too
         yaml = "seq_length: 64\nnum_layers: 2\nlr: 1\nnum_attention_heads: 4\nrecompute_granularity: full\n"
         assert any(
             "-recomputed-tokens-per-rank 64 in its place" in note for note in converted(yaml.encode(), "a.yaml").notes
