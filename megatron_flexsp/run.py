@@ -73,12 +73,18 @@ def install(arguments: Sequence[str], *, cpu: bool) -> None:
     Raises
     ------
     FlexSPError
-        If Megatron is not there, is too old, or has something else in a place that is to be changed.
+        If Megatron or the solver is not there, or Megatron is too old or has something else in a place that is to be
+        changed.
     """
     global _in_place
     if _in_place:
         return
-    from megatron_flexsp.megatron import plugin, seams
+    try:
+        from megatron_flexsp.megatron import plugin, seams
+    except ModuleNotFoundError as error:
+        if error.name != "highspy":
+            raise
+        raise FlexSPError(f"the planner needs highspy, and {sys.executable} has none: pip install highspy") from None
 
     seams.check_version()
     if cpu:

@@ -160,7 +160,7 @@ def _batch_numbers(num_lengths: int, size: int, skip: int, batches: int | None, 
     if skip >= whole:
         raise FlexSPError(
             f"{path} holds {num_lengths} usable lengths, {whole} batches of --global-batch-size {size}; "
-            f"none is left after --skip-batches {skip}"
+            + (f"none is left after --skip-batches {skip}" if skip else "give more lengths or a smaller batch")
         )
     if batches is not None and skip + batches > whole:
         raise FlexSPError(

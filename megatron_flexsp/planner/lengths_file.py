@@ -20,7 +20,10 @@ def read_lengths(path: Path) -> NDArray[np.int64]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise FlexSPError(f"{path}: not UTF-8 text; expected the tokens of one sequence on each line") from None
+        raise FlexSPError(
+            f"{path}: not UTF-8 text; expected the tokens of one sequence on each line"
+            + ("; flexsp simulate takes a data set by --data-path" if path.suffix in (".idx", ".bin") else "")
+        ) from None
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue

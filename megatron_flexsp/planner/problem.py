@@ -267,6 +267,6 @@ def _check_longest(tokens: NDArray[np.int64], degrees: tuple[int, ...], tokens_p
         raise FlexSPError(
             f"sequence {position} has {tokens[position]} tokens, but the widest allowed group holds "
             f"{widest * tokens_per_rank} ({widest} ranks x {tokens_per_rank} tokens); allow a wider degree "
-            "(it needs a bandwidth in the cost model), raise --flexsp-max-tokens-per-rank if memory allows, "
-            "use more ranks, or truncate the sequence"
+            "(it needs a bandwidth in the cost model), use more ranks, shorten what is longer (--max-sequence, in "
+            "training --seq-length) or raise --flexsp-max-tokens-per-rank there if memory allows"
         )

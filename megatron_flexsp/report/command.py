@@ -41,6 +41,9 @@ def report_command(
         click.echo(f"note: {note}", err=True)
     try:
         from megatron_flexsp.report.page import write_page
+
+        if png is not None:
+            from megatron_flexsp.report.images import write_images
     except ModuleNotFoundError as error:
         raise FlexSPError(f"flexsp report draws with {error.name}: pip install 'megatron-flexsp[report]'") from None
     written = [output]
@@ -50,8 +53,6 @@ def report_command(
             write_chrome_trace(trace, chrome_trace)
             written.append(chrome_trace)
         if png is not None:
-            from megatron_flexsp.report.images import write_images
-
             written += write_images(trace, png, step)
     except OSError as error:
         raise FlexSPError(f"{error.filename}: cannot write ({error.strerror})") from None

@@ -144,7 +144,8 @@ class BatchSource:
         if available < 1:
             raise FlexSPError(
                 f"{self.name} holds {len(self.lengths)} sequences, {len(self.lengths) // size} batches of "
-                f"--global-batch-size {size}" + (f"; none is left after --skip-batches {skip}" if skip else "")
+                f"--global-batch-size {size}; "
+                + (f"none is left after --skip-batches {skip}" if skip else "give more sequences or a smaller batch")
             )
         order = self._in_order()
         return [order[number * size : (number + 1) * size] for number in range(skip, skip + min(count, available))]

@@ -229,9 +229,9 @@ def _describe(batches: Sequence[Lengths], ranks: int) -> str:
 
 def _comparison_table(outcomes: dict[str, Outcome]) -> Table:
     first = next(iter(outcomes.values()))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for name in ("step s", "spread", "tokens/s", "speed", "busy", "padding", "above bound", "solve s"):
+    table = Table(box=None, pad_edge=False, collapse_padding=True)
+    table.add_column("", min_width=max(map(len, outcomes)))
+    for name in ("step s", "spread", "tokens/s", "speed", "busy", "padding", "gap", "solve s"):
         table.add_column(name, justify="right")
     for outcome in outcomes.values():
         seconds = np.array(outcome.step_seconds)

@@ -7,6 +7,8 @@ the message reaches the user. The others need data or process groups, and so a j
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,6 +53,14 @@ def test_an_unsupported_megatron(refused: Refused, tmp_path: Path) -> None:
     assert refused(2, script=script, fresh=True) == (
         "Megatron 0.16.0 is too old. megatron-flexsp works with Megatron 0.17 to 0.20."
     )
+
+
+def test_a_missing_solver(tmp_path: Path) -> None:
+    """As in a container that has torch and Megatron, and the clone on PYTHONPATH."""
+    script = tmp_path / "launch.py"
+    script.write_text("import sys; sys.modules['highspy'] = None; from megatron_flexsp.run import main; main()")
+    done = subprocess.run([sys.executable, script, "--cpu", SCRIPT, "--flexsp"], capture_output=True, text=True)
+    assert f"{ERROR} the planner needs highspy" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_world_that_does_not_divide(refused: Refused) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -62,6 +63,13 @@ def test_the_page_draws_all_its_pictures_in_a_browser_without_a_network(plans, t
     assert after.count('<g class="trace scatter') == 6
     assert "plans.jsonl: nested" in drawn
     assert "the file also has static" in drawn
+
+
+def test_a_missing_package_is_named(plans, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "megatron_flexsp.report.images", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(FlexSPError, match="draws with matplotlib: pip install"):
+        run(plans, "--strategy", "nested", "--png", tmp_path)
 
 
 def test_pictures_and_a_trace_for_perfetto(plans, tmp_path):
