@@ -270,6 +270,8 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
             f"--global-batch-size {args.global_batch_size} must be a multiple of the {domain_size} data-parallel "
             f"ranks ({args.world_size} ranks / {model_parallel_size})"
         )
+    if args.num_attention_heads is None:  # needed here before Megatron asks for it
+        raise FlexSPError("--num-attention-heads is missing: give it, as Megatron needs it too")
     slice_multiple = precision.slice_multiple(args)
     for flag, value, least in (
         ("--flexsp-plan-ahead", args.flexsp_plan_ahead, 1),

@@ -210,6 +210,12 @@ class TestSettings:
         with pytest.raises(FlexSPError, match=r"3 ranks don't divide by --tensor-model-parallel-size 2 x "):
             settings_from_args(parse("--tensor-model-parallel-size 2", world_size=3))
 
+    def test_a_number_of_heads_that_is_missing_is_named(self, parse: Parse) -> None:
+        args = parse("")
+        args.num_attention_heads = None
+        with pytest.raises(FlexSPError, match="--num-attention-heads is missing"):
+            settings_from_args(args)
+
 
 class TestCostModelFile:
     @pytest.mark.parametrize(
