@@ -16,10 +16,6 @@ def _packed(args: argparse.Namespace) -> bool:
     return getattr(args, "flexsp_samples", "documents") == "packed"
 
 
-def _delayed_scaling(args: argparse.Namespace) -> bool:
-    return bool(getattr(args, "fp8", None)) and getattr(args, "fp8_recipe", "delayed") == "delayed"
-
-
 JOB_REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         flags=("--yaml-cfg",),
@@ -167,13 +163,6 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         reason="it is not tried yet",
         remedy="Use --fp8-format, or bf16",
         applies=lambda args: getattr(args, "fp4", None),
-    ),
-    Refusal(
-        flags=("--fp8-param-gather",),
-        subject="--fp8-param-gather with --fp8-recipe delayed (Megatron's default)",
-        reason="the scale of a weight would follow from how many micro-batches its rank has run",
-        remedy="Take the flag out, or choose another --fp8-recipe",
-        applies=lambda args: _delayed_scaling(args) and getattr(args, "fp8_param_gather", False),
     ),
     Refusal(
         flags=("--fp8-recipe",),

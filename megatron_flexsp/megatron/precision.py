@@ -30,6 +30,16 @@ def slice_multiple(args: argparse.Namespace) -> int:
     return parts * int(get_fp8_align_size(args.fp8_recipe))
 
 
+def scales_weights_by_history(args: argparse.Namespace) -> bool:
+    """Whether ranks must have run equally many micro-batches to give a weight the same scale.
+
+    Each rank casts its part of a weight by its own scale, and the others read it by theirs. With delayed scaling it
+    follows from a history, which moves on by one entry in every micro-batch. The entries are the same on all ranks: the
+    optimizer reduces over them the greatest of the values that it casts (``cast_master_weights_to_fp8``).
+    """
+    return bool(args.fp8 and args.fp8_recipe == "delayed" and getattr(args, "fp8_param_gather", False))
+
+
 def keep_scaling_in_tensor_parallel_group(args: argparse.Namespace) -> None:
     """Have delayed scaling reduce over tensor-parallel ranks alone.
 

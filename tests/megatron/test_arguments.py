@@ -56,7 +56,6 @@ class TestCompatibility:
             ("--cuda-graph-impl local", "CUDA graphs"),
             ("--window-size 4,0", "--window-size with --transformer-impl local"),
             ("--fp4-format e2m1", "--fp4-format"),
-            ("--fp8-format hybrid --fp8-param-gather", "--fp8-param-gather with --fp8-recipe delayed"),
             ("--te-precision-config-file layers.yaml", "--te-precision-config-file"),
             ("--softmax-type learnable", "--softmax-type other than vanilla with --transformer-impl local"),
             ("--position-embedding-type relative", "--position-embedding-type"),
@@ -125,6 +124,11 @@ class TestSettings:
             in_eight_bits = f"--tensor-model-parallel-size 2 --fp8-format e4m3 --fp8-recipe {recipe}"
             assert settings_from_args(parse(in_eight_bits)).slice_multiple == alone
             assert settings_from_args(parse(f"{in_eight_bits} --sequence-parallel")).slice_multiple == gathered
+
+        kept = "--fp8-format hybrid --fp8-param-gather --use-distributed-optimizer"
+        for recipe, schedule in (("", "lockstep"), ("--fp8-recipe tensorwise", "nested")):
+            settings = settings_from_args(parse(f"{kept} {recipe}"))
+            assert (settings.schedule, settings.in_rounds) == (schedule, schedule == "lockstep")
 
         pipeline = settings_from_args(parse("--pipeline-model-parallel-size 2"))
         assert (pipeline.domain_size, pipeline.count_multiple, pipeline.micro_batches_in_flight) == (4, 1, 2)

@@ -197,3 +197,14 @@ def test_scaling_is_reduced_over_the_given_group_when_the_outermost_context_ends
         if isinstance(node, ast.If) and isinstance(node.body[0], ast.Return)
     ]
     assert any("delayed" in condition for condition in conditions)
+
+
+def test_what_weights_are_scaled_by_is_the_same_on_all_ranks(release: Release) -> None:
+    """With delayed scaling the optimizer enters the greatest value of all ranks' parts into a weight's history."""
+    cast = ast.unparse(release.function("pytorch/tensor/utils.py", "_cast_master_weights_to_fp8_delayed_scaling"))
+    in_order = [
+        "amaxes.append(quantizer.amax.view(1))",
+        "all_reduce(packed_amaxes, op=torch.distributed.ReduceOp.MAX, group=group)",
+        "[packed_amax_views, amaxes]",
+    ]
+    assert sorted(in_order, key=cast.index) == in_order
