@@ -9,7 +9,12 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_flexsp.compatibility.experts import EXPERT_REFUSALS, load_balancing_types
+from megatron_flexsp.compatibility.experts import (
+    EXPERT_REFUSALS,
+    PADDED_BY_HYBRIDEP,
+    flex_backend,
+    load_balancing_types,
+)
 from megatron_flexsp.compatibility.jobs import JOB_REFUSALS
 from megatron_flexsp.compatibility.recomputation import RECOMPUTE_REFUSALS, recomputes_some
 from megatron_flexsp.compatibility.refusal import Refusal
@@ -17,8 +22,10 @@ from megatron_flexsp.compatibility.refusal import Refusal
 __all__ = [
     "EXPERT_REFUSALS",
     "JOB_REFUSALS",
+    "PADDED_BY_HYBRIDEP",
     "RECOMPUTE_REFUSALS",
     "Refusal",
+    "flex_backend",
     "in_place_of_full",
     "load_balancing_types",
     "refusals",

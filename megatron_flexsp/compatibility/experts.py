@@ -14,7 +14,12 @@ def load_balancing_types(args: argparse.Namespace) -> set[str]:
     return {chosen} if isinstance(chosen, str) else set(chosen)
 
 
-def _flex_backend(args: argparse.Namespace) -> str:
+PADDED_BY_HYBRIDEP = ("moe_hybridep_pad_uneven_dispatch_inputs", "moe_hybridep_pad_variable_tokens")
+"""What has HybridEP pad to the rank with the most tokens, from Megatron 0.19 on: its name there, and on dev."""
+
+
+def flex_backend(args: argparse.Namespace) -> str:
+    """The ``--moe-flex-dispatcher-backend`` of a job whose dispatcher is flex; nothing for others."""
     if args.moe_token_dispatcher_type != "flex":
         return ""
     return str(getattr(args, "moe_flex_dispatcher_backend", "deepep"))
@@ -62,17 +67,15 @@ EXPERT_REFUSALS = (
         flags=("--moe-flex-dispatcher-backend",),
         subject="--moe-flex-dispatcher-backend ncclep",
         reason="its buffers have one size, micro-batches have many",
-        applies=lambda args: _flex_backend(args) == "ncclep",
+        applies=lambda args: flex_backend(args) == "ncclep",
     ),
     Refusal(
         flags=("--moe-flex-dispatcher-backend",),
-        subject="--moe-flex-dispatcher-backend hybridep without --moe-hybridep-pad-uneven-dispatch-inputs (Megatron "
-        "0.19)",
+        subject="--moe-flex-dispatcher-backend hybridep before Megatron 0.19",
         reason="it takes for granted that all ranks have equally many tokens",
+        remedy="Use deepep, or a newer Megatron",
         applies=lambda args: (
-            _flex_backend(args) == "hybridep"
-            and not getattr(args, "moe_hybridep_pad_uneven_dispatch_inputs", False)
-            and not getattr(args, "moe_hybridep_pad_variable_tokens", False)  # its name on the dev branch
+            flex_backend(args) == "hybridep" and not any(hasattr(args, name) for name in PADDED_BY_HYBRIDEP)
         ),
     ),
     Refusal(

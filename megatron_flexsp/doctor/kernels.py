@@ -62,6 +62,6 @@ def _build_configuration(args: argparse.Namespace) -> None:
     """What building the model begins with, after what the plugin sets for every run."""
     adjusted = argparse.Namespace(**vars(args))
     adjusted.variable_seq_lengths = True
-    adjusted.moe_token_dispatcher_type = experts.token_dispatcher(args)
+    experts.let_ranks_differ_in_tokens(adjusted)
     megatron_arguments = importlib.import_module("megatron.training.arguments")
     megatron_arguments.core_transformer_config_from_args(adjusted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_flexsp.compatibility import load_balancing_types
+from megatron_flexsp.compatibility import PADDED_BY_HYBRIDEP, flex_backend, load_balancing_types
 
 
 def why_rounds(args: argparse.Namespace) -> str | None:
@@ -105,11 +105,15 @@ def kept_bytes_of_layer(args: argparse.Namespace, matrices: int) -> float:
     return 2.0 * (width + routed + matrices * (args.moe_shared_expert_intermediate_size or 0))
 
 
-def token_dispatcher(args: argparse.Namespace) -> str:
-    """The ``--moe-token-dispatcher-type`` of the job.
+def let_ranks_differ_in_tokens(args: argparse.Namespace) -> None:
+    """Choose the token dispatcher that was asked for, or one that works where ranks differ in their tokens.
 
-    Megatron's default, allgather, takes for granted that all ranks have equally many tokens; its configuration refuses
-    that together with micro-batches of different lengths, even where there are no experts to dispatch to.
+    Megatron's default, allgather, takes for granted that they have equally many; its configuration refuses that beside
+    micro-batches of different lengths, even where there are no experts to dispatch to. HybridEP's buffers are
+    padded to the longest rank where it is told to.
     """
-    chosen: str = args.moe_token_dispatcher_type
-    return "alltoall" if chosen == "allgather" or not args.num_experts else chosen
+    if args.moe_token_dispatcher_type == "allgather" or not args.num_experts:
+        args.moe_token_dispatcher_type = "alltoall"
+    for name in PADDED_BY_HYBRIDEP:
+        if hasattr(args, name) and flex_backend(args) == "hybridep":
+            setattr(args, name, True)

@@ -95,7 +95,7 @@ def training_seams(profiles: bool) -> list[Seam]:
             precision.keep_scaling_in_tensor_parallel_group(args)
             validated = original(args, defaults or {})
             args.variable_seq_lengths = True  # pipeline stages exchange shapes
-            args.moe_token_dispatcher_type = experts.token_dispatcher(args)
+            experts.let_ranks_differ_in_tokens(args)
             args.dataloader_type = "external"  # our iterators are handed through as they are
             settings = arguments.settings_from_args(args)
             recomputation.check_release(args)

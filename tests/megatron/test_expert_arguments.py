@@ -7,7 +7,7 @@ import pytest
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import check_compatibility, settings_from_args
-from megatron_flexsp.megatron.experts import token_dispatcher
+from megatron_flexsp.megatron.experts import let_ranks_differ_in_tokens
 
 Parse = Callable[..., Namespace]
 
@@ -59,7 +59,20 @@ class TestSchedule:
     ],
 )
 def test_the_dispatcher_asked_for_is_kept_where_lengths_may_differ(more: str, dispatcher: str, parse: Parse) -> None:
-    assert token_dispatcher(parse(more)) == dispatcher
+    args = parse(more)
+    let_ranks_differ_in_tokens(args)
+    assert args.moe_token_dispatcher_type == dispatcher
+
+
+def test_hybridep_pads_to_the_rank_with_the_most_tokens(parse: Parse) -> None:
+    """A flag of its own has it do so, from Megatron 0.19 on."""
+    args = parse(f"{EXPERTS} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep")
+    check_compatibility(args)
+    let_ranks_differ_in_tokens(args)
+    assert args.moe_hybridep_pad_uneven_dispatch_inputs
+    del args.moe_hybridep_pad_uneven_dispatch_inputs
+    with pytest.raises(FlexSPError, match="hybridep before Megatron"):
+        check_compatibility(args)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +82,7 @@ def test_the_dispatcher_asked_for_is_kept_where_lengths_may_differ(more: str, di
         "--moe-expert-capacity-factor 1.0",
         "--moe-input-jitter-eps 0.1",
         "--overlap-moe-expert-parallel-comm",
-        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep",
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep",
         "--tensor-model-parallel-size 2",
     ],
 )
