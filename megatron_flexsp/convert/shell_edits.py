@@ -149,7 +149,7 @@ class ScriptEdits:
                 formula.operands[0],
             )
             raise FlexSPError(
-                f"line {self._found.job.line}: {unclear.source} isn't known from the script, or only under a condition"
+                f"line {self._found.job.line}: the script doesn't decide {unclear.source}, or not in all cases"
                 + (f", so that {formula.meaning} can't be written down" if formula.meaning else "")
                 + ". Give it a variable that is set before this command, or a number, then convert again"
             )
