@@ -118,38 +118,42 @@ _flexsp_node() {
     # Both are to end in a checkpoint, and that is not what they do by themselves. Megatron saves through processes
     # that TERM ends, and torchrun, which hands TERM on to all of them, kills what is still there after 30 seconds.
     # So they are ignored below this shell (TERM in _flexsp_rank, since torchrun ignores nothing), and it asks the
-    # ranks alone, by USR2. It outlives torchrun in order to report what happened.
-    local launcher='' stopped='' asked='' status
+    # ranks alone, by USR2. It outlives torchrun in order to report what happened. That stands in a file: bash can lose
+    # the status of a child that ends while a trap runs.
+    local launcher='' stopped='' asked='' status_file=$FLEXSP_RANK_LOGS/status-of-node$SLURM_NODEID status
     # shellcheck disable=SC2317  # called by the traps
     _flexsp_ask_ranks() {
-        local ranks
+        local torchrun ranks
         [ -n "$launcher" ] && [ -z "$asked" ] || return 0
         asked=1
-        ranks=$(cat "/proc/$launcher/task/$launcher/children")
+        torchrun=$(cat "/proc/$launcher/task/$launcher/children")
+        ranks=${torchrun:+$(cat "/proc/${torchrun% }/task/${torchrun% }/children")}
         if [ -n "$ranks" ]; then
             # shellcheck disable=SC2086  # one word for each rank
             kill -USR2 $ranks
         else
-            kill -TERM "$launcher" # still starting
+            # shellcheck disable=SC2086  # there may be none yet
+            kill -TERM "$launcher" $torchrun # still starting
         fi
-    }
+    } 2>/dev/null # some may have just ended
     trap _flexsp_ask_ranks USR1
     trap 'stopped=1; _flexsp_ask_ranks' TERM
     (
         trap '' USR1
-        trap - TERM
-        PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$FLEXSP_RANK_LOGS/node$SLURM_NODEID exec "$@"
+        trap 'exit 143' TERM # when torchrun has ended, or does not run yet
+        PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$FLEXSP_RANK_LOGS/node$SLURM_NODEID "$@"
+        echo $? >"$status_file"
     ) &
     launcher=$!
     while kill -0 "$launcher" 2>/dev/null; do
         wait "$launcher" # which a signal ends early
     done
-    wait "$launcher"
-    status=$?
     if [ -n "$stopped" ]; then
         : >"$FLEXSP_RANK_LOGS/stopped-by-slurm"
+        echo 0 >"$status_file"
         exit 0
     fi
+    status=$(cat "$status_file") || status=143
     # The first node that fails tells why. Those that SLURM then ends may not have come to their traps.
     [ "$status" -eq 0 ] || (set -o noclobber && echo "$status" >"$FLEXSP_RANK_LOGS/failed") 2>/dev/null
     exit "$status"
@@ -200,8 +204,12 @@ _flexsp_run() {
         wait "$step" || : # which a signal ends early
     done
     wait "$step" || flexsp_status=$?
-    if [ "$flexsp_status" -ne 0 ] && [ -s "$FLEXSP_RANK_LOGS/failed" ]; then
-        flexsp_status=$(<"$FLEXSP_RANK_LOGS/failed") # srun's is the highest of all nodes, killed ones counted
+    if [ "$flexsp_status" -ne 0 ]; then
+        if [ -s "$FLEXSP_RANK_LOGS/failed" ]; then
+            flexsp_status=$(<"$FLEXSP_RANK_LOGS/failed") # srun's is the highest of all nodes, killed ones counted
+        elif [ "$(cat "$FLEXSP_RANK_LOGS"/status-of-node* 2>/dev/null | grep -cx 0)" -eq "$SLURM_NNODES" ]; then
+            flexsp_status=0 # srun's is lost: see _flexsp_node
+        fi
     fi
     trap '' USR1
 }
