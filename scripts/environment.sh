@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The Python environment that the scripts beside this file run in: .venv at the root of the repository.
 #
 # Source it, then call

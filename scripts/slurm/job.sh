@@ -121,7 +121,7 @@ _flexsp_node() {
     # ranks alone, by USR2. It outlives torchrun in order to report what happened. That stands in a file: bash can lose
     # the status of a child that ends while a trap runs.
     local launcher='' stopped='' asked='' status_file=$FLEXSP_RANK_LOGS/status-of-node$SLURM_NODEID status
-    # shellcheck disable=SC2317  # called by the traps
+    # shellcheck disable=SC2317,SC2329  # called by the traps
     _flexsp_ask_ranks() {
         local torchrun ranks
         [ -n "$launcher" ] && [ -z "$asked" ] || return 0
