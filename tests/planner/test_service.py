@@ -26,7 +26,8 @@ COST_MODEL = CostModel(
     exchange_bytes_per_token=100,
     exchange_bandwidth_bytes_per_second={2: 1e9, 4: 1e9},
 )
-REQUEST = PlanRequest(COST_MODEL, domain_size=4, token_capacity=1000, time_limit_seconds=0.2)
+# A limit that a busy machine keeps too: a plan that is cut short is another plan.
+REQUEST = PlanRequest(COST_MODEL, domain_size=4, token_capacity=1000, time_limit_seconds=60)
 BATCHES = [np.array([900, 3000, 20, 7, 7]), np.array([4000]), np.array([5] * 40)]
 
 
