@@ -71,8 +71,8 @@ def test_any_plan_equals_one_conversation_at_a_time(sft: tuple[str, ...], train:
 
 
 def test_a_second_run_tokenises_nothing(sft: tuple[str, ...], train: Callable, conversations: Path) -> None:
-    first = train(2, *sft, "--train-iters", "1", "--seed", "5")
-    again = train(2, *sft, "--train-iters", "1", "--seed", "5")
+    first = train(2, *sft, "--train-iters", "1", "--seed", "5", "--flexsp-solver-time-limit", "60")
+    again = train(2, *sft, "--train-iters", "1", "--seed", "5", "--flexsp-solver-time-limit", "60")
     assert again.losses == first.losses
     assert "tokenising" not in again.output
     assert not list(conversations.parent.rglob("*.part"))

@@ -47,7 +47,7 @@ def test_tensor_parallel_and_a_resumed_run(train: Callable, reference: Callable,
         "--eval-interval",
         "2",
     )
-    job += ("--ckpt-format", "torch", "--num-workers", "1")
+    job += ("--ckpt-format", "torch", "--num-workers", "1", "--flexsp-solver-time-limit", "60")
     run = train(*job, "--save", str(tmp_path / "saved"), "--save-interval", "3", script=PACKS)
     assert_equal_losses(run, reference(2, *LEARNED, *TENSOR, packs=True))
     resumed = train(*job, "--load", str(tmp_path / "saved"), "--ckpt-step", "3", script=PACKS)

@@ -71,7 +71,7 @@ def test_a_resumed_run_goes_on_exactly(torchrun: Callable, documents: Path, tmp_
     """Of two losses printed after a start or a resume the second is the mean of both: iteration 5 is left out."""
     arguments = [*JOB, *LLAMA, "--train-iters", "6", "--data-path", str(documents), "--use-distributed-optimizer"]
     arguments += ["--split", "90,10,0", "--eval-interval", "2", "--eval-iters", "1"]
-    arguments += ["--flexsp", "--flexsp-max-tokens-per-rank", "40"]
+    arguments += ["--flexsp", "--flexsp-max-tokens-per-rank", "40", "--flexsp-solver-time-limit", "60"]
     boards = ["--tensorboard-dir", str(tmp_path / "boards")] if find_spec("tensorboard") else []
     saving = ["--save", str(tmp_path / "saved"), "--save-interval", "3"]
     whole = torchrun(2, *LAUNCHER, SCRIPT, *arguments, *saving, *boards)
