@@ -13,7 +13,9 @@ both = pytest.mark.parametrize("fresh", [False, True], ids=["forked", "torchrun"
 @both
 def test_every_rank_runs(fresh: bool, torchrun: Callable, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
-    script.write_text('import os, sys; print(f"rank {os.environ["RANK"]} of", sys.argv[1], os.environ["EXTRA"])')
+    # In one write: torchrun's ranks have no buffer, and share a pipe.
+    line = 'f"rank {os.environ["RANK"]} of {sys.argv[1]} {os.environ["EXTRA"]}\\n"'
+    script.write_text(f"import os, sys; sys.stdout.write({line})")
     done = torchrun(2, str(script), "two", env={"EXTRA": "x"}, fresh=fresh)
     assert sorted(done.stdout.split("\n")) == ["", "rank 0 of two x", "rank 1 of two x"]
 
