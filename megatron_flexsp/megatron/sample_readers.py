@@ -43,7 +43,7 @@ class SampleReaders[T]:
                 _Reading(read),
                 batch_sampler=_Orders(self._orders),  # type: ignore[arg-type]  # it has no end, and so no length
                 num_workers=workers,
-                multiprocessing_context="fork",  # what a script makes may not travel; 3.14 would have it
+                multiprocessing_context="fork",  # pickles no data set, which Python 3.14's default does
                 prefetch_factor=_ORDERS_UNDER_WAY,
                 collate_fn=_as_they_are,
                 worker_init_fn=None if ignored is None else _Ignoring(ignored),

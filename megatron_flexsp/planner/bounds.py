@@ -20,7 +20,7 @@ MOST_CLASSES = 128
 _COUNTING_SECONDS = 0.05
 _BISECTIONS = 9
 _SETTLED_SHARE = 1e-3
-"""What the lockstep bound gives up where pipelines make it try many numbers of rounds."""
+"""What the lockstep bound gives up, so that it need not try every number of rounds."""
 
 
 def lockstep_bound_seconds(problem: Problem, deadline: float = math.inf) -> float:
@@ -51,7 +51,7 @@ def lockstep_bound_seconds(problem: Problem, deadline: float = math.inf) -> floa
     count, least, without_fill = least_rounds(problem), math.inf, 0.0
     while without_fill < (1 - _SETTLED_SHARE) * least and simple < least:
         seconds = _least_lockstep(classes, count, simple)
-        settled = int(_SETTLED_SHARE * count * (1 + count / max(further_stages, _SETTLED_SHARE)))
+        settled = int(_SETTLED_SHARE * count * (1 + count / max(further_stages, 1)))
         last = count + settled // problem.count_multiple * problem.count_multiple
         without_fill = seconds / (1 + further_stages / count)
         least = min(least, without_fill * (1 + further_stages / last))

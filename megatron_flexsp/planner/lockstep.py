@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from megatron_flexsp.planner.bounds import least_rounds, lockstep_count_bounds
 from megatron_flexsp.planner.exchange import exchange
-from megatron_flexsp.planner.problem import Problem, degrees_that_pay
+from megatron_flexsp.planner.problem import FAR, Problem, degrees_that_pay
 from megatron_flexsp.planner.round_program import blast, plan_round
 from megatron_flexsp.planner.rounds import (
     Group,
@@ -25,7 +25,6 @@ from megatron_flexsp.planner.rounds import (
     round_seconds,
     step_of_rounds,
 )
-from megatron_flexsp.planner.search import FAR
 
 _RULES = (RoundRules(), RoundRules(widen_most=1 << 30), RoundRules(widen_most=1))
 _RATIOS = (1.0, 1.4, 2.2, 5.0)

@@ -14,6 +14,9 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner.blocks import is_legal_degree, legal_degrees
 from megatron_flexsp.planner.cost_model import CostModel
 
+FAR = 0.05
+"""A share of the bound by which a plan lies above it that makes planning with ``degrees_that_pay`` alone worth it."""
+
 
 @dataclass(frozen=True)
 class Problem:

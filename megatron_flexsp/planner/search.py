@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megatron_flexsp.planner.bounds import simple_bound_seconds
 from megatron_flexsp.planner.packing import Packing, Rules, pack
-from megatron_flexsp.planner.problem import Problem, degrees_that_pay
+from megatron_flexsp.planner.problem import FAR, Problem, degrees_that_pay
 
 _ANY_TIME_LEFT = 1e9  # overheads, in the rules: top up whatever time is left
 _FIXED_RULES = (
@@ -29,8 +29,8 @@ _PIPELINE_RULES = tuple(
 _CLOSE_ENOUGH = 4e-3
 """A share of the bound within which no further pass is worth its time."""
 
-FAR, _VERY_FAR = 0.05, 0.1
-"""Shares of the bound above it that make it worth leaving degrees out, and all but one, without a look at it."""
+_VERY_FAR = 0.1
+"""A share of the bound above it that makes it worth leaving all degrees but one out, without a look at it."""
 
 _WITHIN_REACH = 0.03
 """A share of a pass's time that a search mostly gains on it."""

@@ -140,8 +140,9 @@ _flexsp_node() {
     trap 'stopped=1; _flexsp_ask_ranks' TERM
     (
         trap '' USR1
-        trap 'exit 143' TERM # when torchrun has ended, or does not run yet
-        PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$FLEXSP_RANK_LOGS/node$SLURM_NODEID "$@"
+        cancelled='' # before torchrun runs; later it has the signal itself, and ends as it does
+        trap 'cancelled=1' TERM
+        [ -z "$cancelled" ] && PET_NODE_RANK=$SLURM_NODEID PET_LOG_DIR=$FLEXSP_RANK_LOGS/node$SLURM_NODEID "$@"
         echo $? >"$status_file"
     ) &
     launcher=$!
@@ -153,7 +154,7 @@ _flexsp_node() {
         echo 0 >"$status_file"
         exit 0
     fi
-    status=$(cat "$status_file") || status=143
+    status=$(cat "$status_file") || status=1
     # The first node that fails tells why. Those that SLURM then ends may not have come to their traps.
     [ "$status" -eq 0 ] || (set -o noclobber && echo "$status" >"$FLEXSP_RANK_LOGS/failed") 2>/dev/null
     exit "$status"
@@ -198,7 +199,7 @@ _flexsp_run() {
         "${torchrun[@]}" --no-python bash -c "$(declare -f _flexsp_rank); _flexsp_rank \"\$@\"" flexsp-rank \
         "$flexsp_python" -m megatron_flexsp.run "$@" &
     step=$!
-    trap 'flexsp_signalled=1; kill -USR1 "$step"' USR1
+    trap 'flexsp_signalled=1; kill -USR1 "$step" || :' USR1
     trap : TERM # SLURM sends it to the step too, which ends when the ranks have
     while kill -0 "$step" 2>/dev/null; do
         wait "$step" || : # which a signal ends early

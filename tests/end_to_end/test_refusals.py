@@ -59,7 +59,8 @@ def test_a_missing_solver(tmp_path: Path) -> None:
     """As in a container that has torch and Megatron, and the clone on PYTHONPATH."""
     script = tmp_path / "launch.py"
     script.write_text("import sys; sys.modules['highspy'] = None; from megatron_flexsp.run import main; main()")
-    done = subprocess.run([sys.executable, script, "--cpu", SCRIPT, "--flexsp"], capture_output=True, text=True)
+    command = [sys.executable, script, "--cpu", SCRIPT, "--flexsp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
     assert f"{ERROR} the planner needs highspy" in done.stderr and "Traceback" not in done.stderr
 
 

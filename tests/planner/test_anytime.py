@@ -41,7 +41,7 @@ def test_time_limit_is_kept(model, schedule):
 
 
 @pytest.mark.parametrize("pipeline_stages", [1, 4, 16])
-def test_time_limit_is_kept_where_any_number_of_rounds_may_be_best(model, pipeline_stages):
+def test_the_lockstep_bound_takes_no_time_where_any_number_of_rounds_may_be_best(model, pipeline_stages):
     # Next to no overhead: thousands of rounds cost hardly more than a few, and drain a pipeline sooner.
     cheap = replace(model, micro_batch_overhead_seconds=1e-3)
     problem = make_problem(np.arange(100, 8292), cheap, 512, pipeline_stages=pipeline_stages)
