@@ -76,7 +76,7 @@ def examine(request: Request, say: Say) -> Iterator[Finding]:
             return
     if found:
         seconds = time.monotonic() - started
-        about = f"{found.partition('+')[0]} in {seams.location().parents[1]}; imported with PyTorch in {seconds:.1f} s"
+        about = f"{found} in {seams.location().parents[1]}; imported with PyTorch in {seconds:.1f} s"
         if seams.warning() is None:
             yield ok("megatron", f"{about} (tried: {releases.RANGE})")
         else:

@@ -6,10 +6,12 @@ that moved something is refused at start-up instead of training something else.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import runpy
+import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +84,27 @@ def location() -> Path:
 
 
 def version() -> str:
-    """The version of the Megatron that would be imported."""
+    """The version of the Megatron that would be imported; of a checkout with its commit."""
+    return _version_in(location())
+
+
+@functools.cache
+def _version_in(folder: Path) -> str:
     # Read, not imported: the stand-in for CUDA must be there before Megatron is.
-    return str(runpy.run_path(str(location() / "package_info.py"))["__version__"])
+    found = str(runpy.run_path(str(folder / "package_info.py"))["__version__"])
+    # The file appends the commit of whatever checkout its folder lies in. Where that only holds a virtual environment,
+    # the commit says nothing about Megatron, and changes while Megatron stays.
+    if _git(folder, "ls-files", "package_info.py"):
+        return found
+    return found.removesuffix(f"+{_git(folder, 'rev-parse', '--short', 'HEAD')}")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git says there; nothing where it fails or isn't installed."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def check_version() -> None:

@@ -1,8 +1,12 @@
 """Seams: a Megatron that moved something is refused before anything of it is changed."""
 
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -67,6 +71,43 @@ def test_others_are_taken_with_a_warning(version: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(seams, "version", lambda: version)
     seams.check_version()
     assert f"Megatron {version} has not been tried" in (seams.warning() or "")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Makes a git checkout with the installed Megatron's package_info.py at a path in it; returns the commit.
+
+    Only that Megatron is found then. What lies under ``.venv`` is ignored by git.
+    """
+
+    def make(root: str) -> str:
+        core = tmp_path / root / "megatron/core"
+        core.mkdir(parents=True)
+        shutil.copy(seams.location() / "package_info.py", core)
+        (core / "__init__.py").touch()
+        (tmp_path / ".gitignore").write_text(".venv\n")
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], ["add", "."], [*who, "commit", "-q", "-m", "first"]):
+            subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+        spec = ModuleSpec("megatron.core", None, is_package=True)
+        spec.submodule_search_locations = [str(core)]
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+        found = subprocess.run(
+            ["git", "-C", str(tmp_path), "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True
+        )
+        return found.stdout.strip()
+
+    return make
+
+
+def test_a_checkout_of_megatron_has_its_commit_in_its_version(checkout: Callable[[str], str]) -> None:
+    commit = checkout("")
+    assert seams.version().partition("+")[2] == commit
+
+
+def test_a_checkout_that_only_holds_the_environment_has_none(checkout: Callable[[str], str]) -> None:
+    checkout(".venv/lib/python3.12/site-packages")
+    assert re.fullmatch(r"[\d.]+", seams.version())
 
 
 def test_a_module_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
