@@ -54,9 +54,9 @@ def main(command_line: Sequence[str] | None = None) -> None:
 
 def _run(cpu: bool, script: str, arguments: list[str]) -> None:
     if "--cpu" in arguments:
-        raise FlexSPError(f"--cpu belongs before the script: -m megatron_flexsp.run --cpu {script} ...")
+        raise FlexSPError("--cpu stands after the script", f"put it before: -m megatron_flexsp.run --cpu {script} ...")
     if not os.path.isfile(script):
-        raise FlexSPError(f"{script}: no such script; give the path of Megatron-LM's pretrain_gpt.py")
+        raise FlexSPError(f"{script}: no such script", "give the path of Megatron-LM's pretrain_gpt.py")
     # What `python SCRIPT ARGUMENTS` would set: a checkout's own megatron package is found first.
     sys.argv = [script, *arguments]
     sys.path[0] = os.path.dirname(os.path.abspath(script))
@@ -84,7 +84,9 @@ def install(arguments: Sequence[str], *, cpu: bool) -> None:
     except ModuleNotFoundError as error:
         if error.name != "highspy":
             raise
-        raise FlexSPError(f"the planner needs highspy, and {sys.executable} has none: pip install highspy") from None
+        raise FlexSPError(
+            f"the planner needs highspy, and {sys.executable} has none", "install it: pip install highspy"
+        ) from None
 
     seams.check_version()
     if cpu:

@@ -30,14 +30,14 @@ EXPERT_REFUSALS = (
         flags=("--moe-router-load-balancing-type",),
         subject="--moe-router-load-balancing-type sinkhorn and quantile_balancing",
         reason="where a token goes would depend on the tokens beside it, and so on the plan",
-        remedy="Use aux_loss, seq_aux_loss, global_aux_loss or none",
+        remedy="use aux_loss, seq_aux_loss, global_aux_loss or none",
         applies=lambda args: load_balancing_types(args) & {"sinkhorn", "quantile_balancing"},
     ),
     Refusal(
         flags=("--moe-expert-capacity-factor", "--moe-expert-rank-capacity-factor"),
         subject="--moe-expert-capacity-factor and --moe-expert-rank-capacity-factor",
         reason="which tokens are dropped would depend on the plan",
-        remedy="Take them out: no token is dropped then",
+        remedy="take them out: no token is dropped then",
         applies=lambda args: (
             (args.moe_expert_capacity_factor or -1) >= 0
             or getattr(args, "moe_expert_rank_capacity_factor", None) is not None
@@ -73,7 +73,7 @@ EXPERT_REFUSALS = (
         flags=("--moe-flex-dispatcher-backend",),
         subject="--moe-flex-dispatcher-backend hybridep before Megatron 0.19",
         reason="it takes for granted that all ranks have equally many tokens",
-        remedy="Use deepep, or a newer Megatron",
+        remedy="use deepep, or a newer Megatron",
         applies=lambda args: (
             flex_backend(args) == "hybridep" and not any(hasattr(args, name) for name in PADDED_BY_HYBRIDEP)
         ),
@@ -88,7 +88,7 @@ EXPERT_REFUSALS = (
         flags=("--sequence-parallel",),
         subject="--num-experts with --tensor-model-parallel-size > 1 and no --sequence-parallel",
         reason="Megatron doesn't train it",
-        remedy="Add --sequence-parallel",
+        remedy="add --sequence-parallel",
         applies=lambda args: args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
     ),
     Refusal(

@@ -22,15 +22,16 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         subject="--yaml-cfg",
         reason="Megatron ignores the command line beside it, where FlexSP's flags are, and no release from 0.17 on "
         "starts from such a file",
-        remedy="`flexsp convert FILE --output arguments.txt` writes the file's settings as flags, FlexSP's among them: "
-        "put them in the place of all arguments that the script has now, and -m megatron_flexsp.run before it",
+        remedy="run `flexsp convert FILE --output arguments.txt`, which writes the file's settings as flags, FlexSP's "
+        "among them; put them in the place of all arguments that the script has now, and -m megatron_flexsp.run before "
+        "it",
         applies=lambda args: args.yaml_cfg,
     ),
     Refusal(
         flags=("--context-parallel-size",),
         subject="--context-parallel-size > 1",
         reason="FlexSP forms context-parallel groups itself, out of the data-parallel ranks",
-        remedy="Take the flag out; its ranks become data-parallel ones. Long documents still get groups, and "
+        remedy="take the flag out; its ranks become data-parallel ones. Long documents still get groups, and "
         "--flexsp-max-tokens-per-rank set to sequence length / context-parallel size keeps the memory use",
         mendable=True,
         applies=lambda args: args.context_parallel_size > 1,
@@ -63,7 +64,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         subject="--calculate-per-token-loss is missing",
         reason="without it each micro-batch weighs the same, however many tokens it has, and the result would depend "
         "on the plan",
-        remedy="Add the flag",
+        remedy="add the flag",
         mendable=True,
         applies=lambda args: not args.calculate_per_token_loss,
     ),
@@ -71,7 +72,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         flags=("--micro-batch-size",),
         subject="--micro-batch-size other than 1",
         reason="the planner decides what a micro-batch holds",
-        remedy="Set it to 1 and give the memory by --flexsp-max-tokens-per-rank",
+        remedy="set it to 1 and give the memory by --flexsp-max-tokens-per-rank",
         mendable=True,
         applies=lambda args: args.micro_batch_size not in (None, 1),
     ),
@@ -102,7 +103,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         flags=("--multi-latent-attention",),
         subject="--multi-latent-attention with --transformer-impl local",
         reason="Megatron's own attention takes no values whose width is not that of the queries",
-        remedy="Set --transformer-impl transformer_engine",
+        remedy="set --transformer-impl transformer_engine",
         applies=lambda args: _local(args) and args.multi_latent_attention,
     ),
     Refusal(
@@ -141,7 +142,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         flags=("--use-torch-fsdp2",),
         subject="--use-torch-fsdp2",
         reason="it is not tried yet",
-        remedy="Use --use-megatron-fsdp",
+        remedy="use --use-megatron-fsdp",
         applies=lambda args: args.use_torch_fsdp2,
     ),
     Refusal(
@@ -154,28 +155,28 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         flags=("--window-size",),
         subject="--window-size with --transformer-impl local",
         reason="PyTorch's attention would need a mask as large as the square of a sequence",
-        remedy="Set --transformer-impl transformer_engine",
+        remedy="set --transformer-impl transformer_engine",
         applies=lambda args: _local(args) and getattr(args, "window_size", None),
     ),
     Refusal(
         flags=("--fp4-format",),
         subject="--fp4-format",
         reason="it is not tried yet",
-        remedy="Use --fp8-format, or bf16",
+        remedy="use --fp8-format, or bf16",
         applies=lambda args: getattr(args, "fp4", None),
     ),
     Refusal(
         flags=("--fp8-recipe",),
         subject="--fp8-recipe custom",
         reason="how many tokens its kernels ask a slice to divide by is not known",
-        remedy="Choose tensorwise, blockwise or mxfp8",
+        remedy="choose tensorwise, blockwise or mxfp8",
         applies=lambda args: getattr(args, "fp8", None) and getattr(args, "fp8_recipe", None) == "custom",
     ),
     Refusal(
         flags=("--te-precision-config-file", "--kitchen-config-file", "--kitchen-recipe-number"),
         subject="--te-precision-config-file, --kitchen-config-file and --kitchen-recipe-number",
         reason="how many tokens their kernels ask a slice to divide by is not known",
-        remedy="Give one precision to all layers, by --fp8-format",
+        remedy="give one precision to all layers, by --fp8-format",
         applies=lambda args: (
             getattr(args, "te_precision_config_file", None)
             or getattr(args, "kitchen_config_file", None)
@@ -186,7 +187,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         flags=("--softmax-type",),
         subject="--softmax-type other than vanilla with --transformer-impl local",
         reason="PyTorch's attention has no other",
-        remedy="Set --transformer-impl transformer_engine",
+        remedy="set --transformer-impl transformer_engine",
         applies=lambda args: _local(args) and getattr(args, "softmax_type", "vanilla") != "vanilla",
     ),
     Refusal(
@@ -252,7 +253,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         flags=("--use-legacy-models",),
         subject="--use-legacy-models",
         reason="FlexSP changes the attention of megatron.core, which they don't have",
-        remedy="Take the flag out where a checkpoint allows it",
+        remedy="take the flag out where a checkpoint allows it",
         applies=lambda args: getattr(args, "use_legacy_models", False),
     ),
     Refusal(
@@ -304,7 +305,7 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         flags=("--fine-grained-activation-offloading",),
         subject="--fine-grained-activation-offloading",
         reason="it takes every step's micro-batches for as many, and as long, as those of the first",
-        remedy="Recompute activations, or lower --flexsp-max-tokens-per-rank",
+        remedy="recompute activations, or lower --flexsp-max-tokens-per-rank",
         applies=lambda args: getattr(args, "fine_grained_activation_offloading", False),
     ),
     Refusal(
@@ -317,14 +318,14 @@ JOB_REFUSALS: tuple[Refusal, ...] = (
         flags=("--multiple-validation-sets",),
         subject="--multiple-validation-sets without --full-validation",
         reason="Megatron doesn't do it",
-        remedy="Add --full-validation",
+        remedy="add --full-validation",
         applies=lambda args: args.multiple_validation_sets and not args.full_validation,
     ),
     Refusal(
         flags=("--full-validation",),
         subject="--full-validation without --multiple-validation-sets",
         reason="Megatron ends at the first validation with a TypeError, since it takes the count of batches for a list",
-        remedy="Add --multiple-validation-sets, for one set too",
+        remedy="add --multiple-validation-sets, for one set too",
         applies=lambda args: args.full_validation and not args.multiple_validation_sets,
     ),
     Refusal(

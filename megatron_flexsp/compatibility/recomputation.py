@@ -22,7 +22,7 @@ RECOMPUTE_REFUSALS = (
         flags=("--recompute-granularity",),
         subject="--flexsp-recompute with --recompute-granularity full",
         reason="everything is recomputed already",
-        remedy="Take --recompute-granularity out, and --recompute-method and --recompute-num-layers with it; "
+        remedy="take --recompute-granularity out, and --recompute-method and --recompute-num-layers with it; "
         "--flexsp-max-tokens-per-rank is then what fits without",
         applies=lambda args: args.recompute_granularity == "full",
     ),
@@ -30,7 +30,7 @@ RECOMPUTE_REFUSALS = (
         flags=("--recompute-modules", "--moe-layer-recompute"),
         subject="--flexsp-recompute with --recompute-modules other than core_attn",
         reason="Megatron doesn't recompute these inside of layers that are recomputed",
-        remedy="Leave core_attn, or take --flexsp-recompute out",
+        remedy="leave core_attn, or take --flexsp-recompute out",
         applies=lambda args: (
             getattr(args, "moe_layer_recompute", False)
             or (_is_selective(args) and set(args.recompute_modules or ()) - {"core_attn"})
@@ -40,7 +40,7 @@ RECOMPUTE_REFUSALS = (
         flags=("--cpu-offloading-num-layers",),
         subject="--flexsp-recompute with --cpu-offloading-num-layers",
         reason="Megatron doesn't offload layers that are recomputed",
-        remedy="Take one of them out",
+        remedy="take one of them out",
         applies=lambda args: (
             getattr(args, "cpu_offloading", False) or (getattr(args, "cpu_offloading_num_layers", None) or 0) > 0
         ),
@@ -49,7 +49,7 @@ RECOMPUTE_REFUSALS = (
         flags=("--distribute-saved-activations",),
         subject="--flexsp-recompute with --distribute-saved-activations",
         reason="Megatron distributes them only where it recomputes everything",
-        remedy="Use --sequence-parallel, which does so with all activations",
+        remedy="use --sequence-parallel, which does so with all activations",
         applies=lambda args: getattr(args, "distribute_saved_activations", False),
     ),
     Refusal(
@@ -58,7 +58,7 @@ RECOMPUTE_REFUSALS = (
         reason="Megatron reduces a gradient once as many parts of it have come as in the first step; that of a layer "
         "which runs for each depth comes in one part where it is kept, and in one for each depth where it is "
         "recomputed",
-        remedy="Take one of them out",
+        remedy="take one of them out",
         # The last stage of a pipeline reduces when all of its backward passes are done.
         applies=lambda args: (
             getattr(args, "mtp_use_repeated_layer", False)

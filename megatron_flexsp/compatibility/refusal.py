@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_flexsp.errors import FlexSPError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
@@ -20,7 +22,7 @@ class Refusal:
     reason: str
 
     remedy: str = ""
-    """What to do, as sentences; empty where there is nothing but to leave the flag out or FlexSP off."""
+    """What to do, as in ``FlexSPError``; empty where there is nothing but to leave the flag out or FlexSP off."""
 
     mendable: bool = False
     """Whether setting or taking out the flags leaves the job what it was, so that ``flexsp convert`` may do it."""
@@ -29,6 +31,6 @@ class Refusal:
     """Whether a job has it; any true or false value."""
 
     @property
-    def message(self) -> str:
-        """One line: subject, reason and remedy."""
-        return f"{self.subject}: {self.reason}" + (f". {self.remedy}" if self.remedy else "")
+    def problem(self) -> FlexSPError:
+        """The refusal as an error: subject and reason, and the remedy."""
+        return FlexSPError(f"{self.subject}: {self.reason}", self.remedy)

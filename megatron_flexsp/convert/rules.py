@@ -149,7 +149,7 @@ def _refuse(job: Job, decision: Decision) -> None:
 def _blamed(job: Job, entry: Refusal) -> str:
     blamed = [argument for argument in job.arguments if argument.flag in entry.flags]
     chosen = next((argument for argument in blamed if argument.likely), blamed[0] if blamed else None)
-    message = entry.message
+    message = str(entry.problem)
     if chosen is not None and chosen.flag == "--yaml-cfg" and chosen.values:
         message = message.replace("convert FILE", f"convert {chosen.values[0].source}")
     return f"{chosen.when if chosen else f'line {job.line}'}: {message}"

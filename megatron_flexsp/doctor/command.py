@@ -52,7 +52,7 @@ def doctor_command(
     cpu = cpu or job.cpu
     gpus = [] if cpu else find_gpus()
     if ranks is not None and (nodes is not None or gpus_per_node is not None):
-        raise FlexSPError("--ranks takes the place of --nodes and --gpus-per-node: give one or the other")
+        raise FlexSPError("--ranks takes the place of --nodes and --gpus-per-node", "give one or the other")
     request = _request(job, bool(command), cpu, gpus, nodes, gpus_per_node, ranks, gpu_memory_gib)
     is_login_node = not gpus and request.world_size is not None
     with Inside(request) as inside:

@@ -56,12 +56,12 @@ def parse_command(words: Sequence[str]) -> JobCommand:
     if words and not words[0].startswith("-") and not end:
         if words[0].rpartition("/")[2] in _SHELLS or words[0].endswith(".sh"):
             raise FlexSPError(
-                f"{words[0]}: what a shell script starts can't be seen from outside. Give the command that it runs "
-                "(bash -x shows it), or the arguments of pretrain_gpt.py alone"
+                f"{words[0]}: what a shell script starts can't be seen from outside",
+                "give the command that it runs (bash -x shows it), or the arguments of pretrain_gpt.py alone",
             )
         raise FlexSPError(
-            f"{words[0]}: there is no script (pretrain_gpt.py) after it. Give the arguments of pretrain_gpt.py, or "
-            "the whole command that starts it"
+            f"{words[0]}: there is no script (pretrain_gpt.py) after it",
+            "give the arguments of pretrain_gpt.py, or the whole command that starts it",
         )
     return JobCommand(
         arguments=tuple(arguments),

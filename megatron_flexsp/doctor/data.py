@@ -15,7 +15,7 @@ from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.training.utils import get_blend_and_blend_per_split
 from numpy.typing import NDArray
 
-from megatron_flexsp.doctor.findings import Finding, error, ok, warning
+from megatron_flexsp.doctor.findings import Finding, error, ok, refused, warning
 from megatron_flexsp.doctor.tokenizer import examine_tokenizer
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
@@ -29,6 +29,7 @@ Lengths = NDArray[np.int64]
 _DOCUMENTS_READ = 1_000_000
 """Of all data sets together: reading the lengths of a whole web corpus takes longer than a doctor may."""
 
+_JSON_LINES = "give the path of a file of JSON lines, which --sft takes"
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -90,11 +91,13 @@ def _examine_data_sets(args: argparse.Namespace) -> Iterator[Finding]:
                 continue
             check_files(prefix)
             if not os.access(f"{prefix}.bin", os.R_OK):
-                raise FlexSPError(f"{prefix}.bin can't be read; correct its permissions")
-        except (FlexSPError, OSError) as problem:
+                raise FlexSPError(f"{prefix}.bin can't be read", "correct its permissions")
+        except FlexSPError as problem:
             broken += 1
-            found, _, remedy = str(problem).partition("; ")
-            yield error("data", found, remedy or "give the path of the data set without .idx or .bin")
+            yield refused("data", problem)
+        except OSError as problem:
+            broken += 1
+            yield error("data", f"{prefix} can't be read: {problem}", "correct the path or its permissions")
     if not broken:
         yield ok("data", f"{prefixes[0]}" + (f" and {len(prefixes) - 1} more" if len(prefixes) > 1 else ""))
 
@@ -105,11 +108,11 @@ def _check_conversations(path: str) -> None:
         with open(path, encoding="utf-8") as stream:
             first = json.loads(stream.readline())
     except OSError as problem:
-        raise FlexSPError(f"{path}: cannot read ({problem.strerror}); --sft takes a file of JSON lines") from None
+        raise FlexSPError(f"{path}: cannot read ({problem.strerror})", _JSON_LINES) from None
     except ValueError as problem:
-        raise FlexSPError(f"{path}: line 1 is no JSON ({problem}); --sft takes a file of JSON lines") from None
+        raise FlexSPError(f"{path}: line 1 is no JSON ({problem})", _JSON_LINES) from None
     if not isinstance(first, dict) or "messages" not in first:
-        raise FlexSPError(f"{path}: line 1 has no messages; each line is to be an object with a list of them")
+        raise FlexSPError(f"{path}: line 1 has no messages", "make each line an object with a list of them")
 
 
 def examine_steps(args: argparse.Namespace) -> Generator[Finding, None, None]:
@@ -164,8 +167,8 @@ def examine_lengths(args: argparse.Namespace, settings: Settings) -> Generator[F
         )
         return None
     except (FlexSPError, OSError) as problem:
-        if args.mock_data:
-            yield error("lengths", str(problem), "correct --flexsp-mock-lengths")
+        if args.mock_data and isinstance(problem, FlexSPError):
+            yield refused("lengths", problem)
         return None
     if not len(documents):
         if total:

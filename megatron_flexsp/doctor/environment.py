@@ -24,9 +24,10 @@ from megatron_flexsp.tried import NEWEST_TRIED, OLDEST_TRANSFORMER_ENGINE, PYTHO
 
 _PACKAGE = "megatron-flexsp"
 _NEEDED = {
-    "numpy": "pip install {requirement}",
-    "highspy": "pip install {requirement}: the planner's solver",
-    "torch": "pip install 'megatron-flexsp[train]', or the build of PyTorch that suits this cluster; {requirement}",
+    "numpy": "install it: pip install {requirement}",
+    "highspy": "install it, the planner's solver: pip install {requirement}",
+    "torch": "install it: pip install 'megatron-flexsp[train]', or the build of PyTorch that suits this cluster; "
+    "{requirement}",
 }
 _CUDNN_PACKAGES = ("nvidia-cudnn-cu13", "nvidia-cudnn-cu12")
 _NCCL_PACKAGES = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+from megatron_flexsp.errors import FlexSPError
+
 SCHEMA = "flexsp.doctor/1"
 
 Status = Literal["ok", "warning", "error"]
@@ -43,6 +45,11 @@ def warning(check: str, found: str, remedy: str) -> Finding:
 def error(check: str, found: str, remedy: str) -> Finding:
     """The job would not run."""
     return Finding(check, "error", found, remedy)
+
+
+def refused(check: str, problem: FlexSPError, remedy: str = "") -> Finding:
+    """The job would not run: what this package says of it. ``remedy`` is for a problem that has none of its own."""
+    return error(check, problem.found, problem.remedy or remedy)
 
 
 def exit_code(findings: Iterable[Finding]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_flexsp.doctor.data import Corpus
-from megatron_flexsp.doctor.findings import Finding, error, ok, warning
+from megatron_flexsp.doctor.findings import Finding, ok, refused, warning
 from megatron_flexsp.doctor.inside import Request
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import Settings
@@ -44,7 +44,7 @@ def examine_cost_model(
             check_writable(settings.profile)
             yield ok("profile", f"this run measures, trains nothing, and writes {settings.profile}")
         except FlexSPError as problem:
-            yield error("profile", *_in_two(str(problem).partition(": ")[2]))
+            yield refused("profile", problem)
     measured = settings.cost_model
     if measured is None:
         yield from _examine_estimate(args, request, vocabulary)
@@ -68,7 +68,7 @@ def examine_cost_model(
     try:
         check_same_job(args, measured, settings.domain_size)
     except FlexSPError as problem:
-        yield error("cost-model", str(problem).rpartition(". ")[0], "measure this job with --flexsp-profile")
+        yield refused("cost-model", problem)
         return measured
     yield _examine_origin(path, measured.measurement, request.gpu_name)
     return measured
@@ -113,7 +113,7 @@ def examine_capacity(
         capacity = token_capacity(settings, cost_model)
         most = recomputed_token_capacity(settings, cost_model, capacity) or capacity
     except FlexSPError as problem:
-        yield error("capacity", *_in_two(str(problem)))
+        yield refused("capacity", problem)
         return
     per_slice = most // settings.slice_multiple * settings.slice_multiple
     widest = max(settings.degrees, default=1)
@@ -131,8 +131,7 @@ def examine_capacity(
     try:
         narrowest = narrowest_degree(settings, most, longest, name)
     except FlexSPError as problem:
-        found, _, remedy = str(problem).partition(" in all. ")
-        yield error("capacity", f"{found} in all", remedy[:1].lower() + remedy[1:])
+        yield refused("capacity", problem)
         return
     yield ok("capacity", f"{holds}; the longest sequence, {longest:,} tokens, needs {narrowest}")
     if corpus is None:
@@ -142,7 +141,7 @@ def examine_capacity(
         request = plan_request(settings, cost_model, capacity, narrowest)
         yield _examine_plan(args, settings, request, longest, corpus)
     except FlexSPError as problem:
-        yield error("plan", str(problem), "the numbers above say what is too small")
+        yield refused("plan", problem, "look at the numbers above for what is too small")
 
 
 def _examine_degrees_needed(settings: Settings, per_slice: int, corpus: Corpus) -> Finding:
@@ -204,12 +203,3 @@ def _static_requests(request: PlanRequest, longest: int) -> Iterator[tuple[str, 
                 options = {**static.options, "schedule": "static", "static_degree": degree}
                 yield f"static groups of {degree}{how}", replace(static, options=options)
                 break
-
-
-def _in_two(message: str) -> tuple[str, str]:
-    """A message of this package as what was found and what to do."""
-    for mark in ("; ", ": "):
-        found, _, remedy = message.partition(mark)
-        if remedy:
-            return found, remedy
-    return message, "give --flexsp-max-tokens-per-rank"

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_flexsp.doctor.findings import Finding, error, ok, warning
+from megatron_flexsp.doctor.findings import Finding, error, ok, refused, warning
 from megatron_flexsp.errors import FlexSPError
 
 Say = Callable[[str], None]
@@ -64,7 +64,7 @@ def examine(request: Request, say: Say) -> Iterator[Finding]:
         found = seams.version()
         seams.check_version()
     except FlexSPError as problem:
-        yield error("megatron", str(problem), "pip install 'megatron-flexsp[train]', or use a supported Megatron-LM")
+        yield refused("megatron", problem)
         found = ""
     for imports in (_import_torch, _import_megatron):
         try:
@@ -129,8 +129,8 @@ def _import_remedy(name: str, reason: str) -> str:
     if "transformer_engine" in reason:
         return _TRANSFORMER_ENGINE_REMEDY
     if name == "torch":
-        return "pip install 'megatron-flexsp[train]', or the build of PyTorch that suits this cluster"
-    return "pip install 'megatron-flexsp[train]', or put what the message misses beside the Megatron-LM checkout"
+        return "install it: pip install 'megatron-flexsp[train]', or the build of PyTorch that suits this cluster"
+    return "install it: pip install 'megatron-flexsp[train]', or put what is missing beside the Megatron-LM checkout"
 
 
 def _examine_transformer_engine(say: Say) -> Iterator[Finding]:
@@ -163,18 +163,18 @@ def _examine_patch_points(request: Request, say: Say) -> Iterator[Finding]:
     say("looking at the patch points")
     profiles = any(word.split("=")[0] == "--flexsp-profile" for word in request.words or ())
     seams: list[Seam] = []
-    problems = []
+    problems: list[FlexSPError] = []
     try:
         seams = [*plugin.flags_seams(), *plugin.training_seams(profiles)]
     except FlexSPError as problem:
-        problems.append(str(problem))
+        problems.append(problem)
     for seam in seams:
         try:
             seam.resolve()
         except FlexSPError as problem:
-            problems.append(str(problem))
-    for text in problems:
-        yield error("patch-points", text, "use a Megatron that was tried; the README has them")
+            problems.append(problem)
+    for refusal in problems:
+        yield refused("patch-points", refusal)
     if not problems:
         yield ok("patch-points", f"all {len(seams)} found with the expected parameters")
 

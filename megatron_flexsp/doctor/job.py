@@ -20,7 +20,7 @@ from megatron.training import arguments as megatron_arguments
 
 from megatron_flexsp.compatibility import JOB_REFUSALS, in_place_of_full, refusals
 from megatron_flexsp.doctor import checkpoints, data, forecast
-from megatron_flexsp.doctor.findings import Finding, error, ok, warning
+from megatron_flexsp.doctor.findings import Finding, error, ok, refused, warning
 from megatron_flexsp.doctor.inside import Request, Say
 from megatron_flexsp.doctor.kernels import examine_kernels
 from megatron_flexsp.doctor.tokenizer import vocabulary_size
@@ -86,7 +86,7 @@ def _parsed(request: Request) -> Generator[Finding, None, argparse.Namespace | N
     words = list(request.words or ())
     if any(word.split("=")[0] == "--yaml-cfg" for word in words):
         entry = next(entry for entry in JOB_REFUSALS if "--yaml-cfg" in entry.flags)
-        yield error("arguments", f"{entry.subject}: {entry.reason}", entry.remedy)
+        yield refused("arguments", entry.problem)
         return None
     if not any(word.split("=")[0] in ("--flexsp", "--flexsp-profile") for word in words):
         yield warning("flexsp", "--flexsp is not among the arguments", "add it; what follows is as if it were there")
@@ -125,7 +125,7 @@ def _parsed(request: Request) -> Generator[Finding, None, argparse.Namespace | N
     for flag in strange:
         yield from _unknown(flag, flags, request.script)
     if not strange and unknown:
-        yield error("arguments", f"nothing takes {' '.join(unknown)!r}", "is a flag missing in front of it?")
+        yield error("arguments", f"nothing takes {' '.join(unknown)!r}", "put its flag in front of it, or take it out")
     elif not unknown:
         yield ok("arguments", f"Megatron's parser takes all {len(request.words or ())} words")
     return args
@@ -148,17 +148,12 @@ def _unknown(flag: str, flags: list[str], script: str | None) -> Iterator[Findin
 
 def _examine_flags(args: argparse.Namespace, request: Request) -> Iterator[Finding]:
     """What doesn't go with FlexSP."""
-    found = refusals(args)
-    clean = not found
-    for refusal in found:
-        remedy = refusal.remedy or "take it out, or train without --flexsp"
-        yield error("flags", f"{refusal.subject}: {refusal.reason}", remedy)
+    problems = [refusal.problem for refusal in refusals(args)]
     if args.transformer_impl == "transformer_engine" and not request.cpu:
-        for message in arguments.transformer_engine_refusals(args):
-            subject, _, remedy = message.partition(". ")
-            yield error("flags", subject, remedy)
-            clean = False
-    if clean:
+        problems += arguments.transformer_engine_problems(args)
+    for problem in problems:
+        yield refused("flags", problem, "take it out, or train without --flexsp")
+    if not problems:
         yield ok("flags", "none that FlexSP can't be combined with")
 
 
@@ -178,7 +173,7 @@ def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, N
         arguments.settings_from_args(args)
         recomputation.check_release(args)
     except FlexSPError as problem:
-        yield error("shape", str(problem), "correct it: FlexSP refuses to start")
+        yield refused("shape", problem, "correct it: FlexSP refuses to start")
         return None
     # Megatron-FSDP refuses what the others ask for.
     if "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ and not getattr(args, "use_megatron_fsdp", False):
@@ -193,6 +188,9 @@ def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, N
     try:
         megatron_arguments.validate_args(args, dict(_SCRIPT_DEFAULTS))
         settings = arguments.settings_from_args(args)
+    except FlexSPError as problem:
+        yield refused("shape", problem, "correct it: FlexSP refuses to start")
+        return None
     except Exception as problem:  # Megatron asserts, and asks for devices
         yield error("validation", f"Megatron refuses the arguments: {_text(problem)}", "correct what it names")
         return None

@@ -86,5 +86,5 @@ class Inside:
             ended = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
         self._stderr.seek(0)
         last = next((line.strip() for line in reversed(self._stderr.readlines()) if line.strip()), "no message")
-        remedy = "a slow file system? Try again" if "took" in ended else "the message is where to look first"
+        remedy = "try again: is the file system slow?" if "took" in ended else "look at the message first"
         return [*found, error("inside", f"{doing}: the process {ended}; its last line: {last[:400]}", remedy)]

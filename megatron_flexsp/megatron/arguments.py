@@ -200,31 +200,46 @@ class Settings:
     """Micro-batches whose activations the first pipeline stage holds at once."""
 
 
-def transformer_engine_refusals(args: argparse.Namespace) -> list[str]:
-    """Messages if Transformer Engine can't be used as it is installed."""
+def transformer_engine_problems(args: argparse.Namespace) -> list[FlexSPError]:
+    """Why Transformer Engine can't be used as it is installed."""
     # Imported here: the others read arguments alone.
     from megatron.core.utils import get_te_version
 
     found = get_te_version()
     if found.release == (0, 0, 0):
         return [
-            "--transformer-impl transformer_engine (Megatron's default): Transformer Engine can't be imported. Install "
-            "it (pip install 'transformer-engine[pytorch]'), or set --transformer-impl local"
+            FlexSPError(
+                "--transformer-impl transformer_engine (Megatron's default): Transformer Engine can't be imported",
+                "install it (pip install 'transformer-engine[pytorch]'), or set --transformer-impl local",
+            )
         ]
     if found.release < OLDEST_TRANSFORMER_ENGINE:
         oldest = ".".join(map(str, OLDEST_TRANSFORMER_ENGINE))
-        return [f"Transformer Engine {found}: {oldest} or newer is needed. Upgrade it, or set --transformer-impl local"]
+        return [
+            FlexSPError(
+                f"Transformer Engine {found}: {oldest} or newer is needed",
+                "upgrade it, or set --transformer-impl local",
+            )
+        ]
     softmax = getattr(args, "softmax_type", "vanilla")
     if softmax == "vanilla":
         return []
     if found.release < _SINKS_TRANSFORMER_ENGINE:
         oldest = ".".join(map(str, _SINKS_TRANSFORMER_ENGINE))
-        return [f"--softmax-type {softmax}: Transformer Engine {found} has no kernel of it for packs. {oldest} has"]
+        return [
+            FlexSPError(
+                f"--softmax-type {softmax}: Transformer Engine {found} has no kernel of it for packs",
+                f"upgrade it to {oldest} or newer",
+            )
+        ]
     cudnn = None if os.environ.get("FLEXSP_DEVICE") == "cpu" else _cudnn_version()
     if cudnn is not None and cudnn < _SINKS_CUDNN:
         return [
-            f"--softmax-type {softmax}: cuDNN {cudnn[0]}.{cudnn[1]} has no kernel of it for packs, so that Transformer "
-            f"Engine would hold every sequence's square of scores. Install cuDNN {_SINKS_CUDNN[0]}.{_SINKS_CUDNN[1]}"
+            FlexSPError(
+                f"--softmax-type {softmax}: cuDNN {cudnn[0]}.{cudnn[1]} has no kernel of it for packs, so that "
+                "Transformer Engine would hold every sequence's square of scores",
+                f"install cuDNN {_SINKS_CUDNN[0]}.{_SINKS_CUDNN[1]} or newer",
+            )
         ]
     return []
 
@@ -242,11 +257,11 @@ def _cudnn_version() -> tuple[int, int] | None:
 
 def check_compatibility(args: argparse.Namespace) -> None:
     """Refuse, in one message, every flag of the job that FlexSP can't be combined with."""
-    messages = [refusal.message for refusal in refusals(args)]
+    problems = [refusal.problem for refusal in refusals(args)]
     if args.transformer_impl == "transformer_engine":
-        messages += transformer_engine_refusals(args)
-    if messages:
-        raise FlexSPError("--flexsp can't be combined with\n  - " + "\n  - ".join(messages))
+        problems += transformer_engine_problems(args)
+    if problems:
+        raise FlexSPError("--flexsp can't be combined with\n  - " + "\n  - ".join(map(str, problems)))
 
 
 def settings_from_args(args: argparse.Namespace) -> Settings:
@@ -262,16 +277,18 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         raise FlexSPError(
             f"{args.world_size} ranks don't divide by --tensor-model-parallel-size "
             f"{args.tensor_model_parallel_size} x --pipeline-model-parallel-size "
-            f"{args.pipeline_model_parallel_size} = {model_parallel_size}: start a multiple of that many"
+            f"{args.pipeline_model_parallel_size} = {model_parallel_size}",
+            "start a multiple of that many",
         )
     domain_size = args.world_size // model_parallel_size
     if args.global_batch_size is not None and args.global_batch_size % domain_size:
         raise FlexSPError(
             f"--global-batch-size {args.global_batch_size} must be a multiple of the {domain_size} data-parallel "
-            f"ranks ({args.world_size} ranks / {model_parallel_size})"
+            f"ranks ({args.world_size} ranks / {model_parallel_size})",
+            "change it, or the number of ranks",
         )
     if args.num_attention_heads is None:  # needed here before Megatron asks for it
-        raise FlexSPError("--num-attention-heads is missing: give it, as Megatron needs it too")
+        raise FlexSPError("--num-attention-heads is missing", "give it, as Megatron needs it too")
     slice_multiple = precision.slice_multiple(args)
     for flag, value, least in (
         ("--flexsp-plan-ahead", args.flexsp_plan_ahead, 1),
@@ -282,15 +299,20 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         ("--flexsp-max-recomputed-tokens-per-rank", args.flexsp_max_recomputed_tokens_per_rank, slice_multiple),
     ):
         if value is not None and not value >= least:  # nan is not
-            raise FlexSPError(f"{flag} {value}: must be at least {least}")
+            raise FlexSPError(f"{flag} {value}: must be at least {least}", "raise it")
     if args.flexsp_static_degree is not None and args.flexsp_schedule != "static":
-        raise FlexSPError("--flexsp-static-degree needs --flexsp-schedule static")
+        raise FlexSPError(
+            f"--flexsp-static-degree needs --flexsp-schedule static; found {args.flexsp_schedule}",
+            "take it out, or set that schedule",
+        )
     if args.flexsp_profile is not None and args.flexsp_cost_model is not None:
-        raise FlexSPError("--flexsp-profile measures a cost model: take --flexsp-cost-model out")
+        raise FlexSPError(
+            "--flexsp-profile with --flexsp-cost-model: it measures a cost model", "take --flexsp-cost-model out"
+        )
     if args.flexsp_profile is not None and args.skip_train:
-        raise FlexSPError("--flexsp-profile runs training steps: take --skip-train out")
+        raise FlexSPError("--flexsp-profile with --skip-train: it runs training steps", "take --skip-train out")
     if args.flexsp_mock_lengths is not None and not args.mock_data:
-        raise FlexSPError("--flexsp-mock-lengths needs --mock-data")
+        raise FlexSPError("--flexsp-mock-lengths needs --mock-data", "add --mock-data, or take the lengths out")
     recomputation.check_arguments(args)
 
     packed = args.flexsp_samples == "packed"
@@ -299,17 +321,21 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         ("--flexsp-mock-lengths", args.flexsp_mock_lengths is not None),
     ):
         if packed and given:
-            raise FlexSPError(f"{flag} with --flexsp-samples packed: the script's own samples are taken. Take it out")
+            raise FlexSPError(
+                f"{flag} with --flexsp-samples packed: the script's own samples are taken", f"take {flag} out"
+            )
     # A script asks for --sft to read cu_seqlens too.
     sft = bool(getattr(args, "sft", False)) and not packed
     if sft and args.tokenizer_type != "SFTTokenizer":
-        raise FlexSPError(f"--sft needs --tokenizer-type SFTTokenizer; found {args.tokenizer_type}")
+        raise FlexSPError(
+            f"--sft needs --tokenizer-type SFTTokenizer; found {args.tokenizer_type}", "set that tokenizer"
+        )
     if sft and args.mock_data:
-        raise FlexSPError("--sft with --mock-data: there are no conversations to tokenise. Take one of them out")
+        raise FlexSPError("--sft with --mock-data: there are no conversations to tokenise", "take one of them out")
     if sft and args.flexsp_overlong == "split":
         raise FlexSPError(
-            "--flexsp-overlong split with --sft: the end of a conversation makes no sense without its beginning. "
-            "Choose truncate, drop or error"
+            "--flexsp-overlong split with --sft: the end of a conversation makes no sense without its beginning",
+            "choose truncate, drop or error",
         )
 
     pipeline_size = args.pipeline_model_parallel_size
@@ -361,8 +387,8 @@ def _schedule(args: argparse.Namespace) -> str:
     reason = rounds.why_rounds(args)
     if args.flexsp_schedule in ("nested", "batch-adaptive") and reason is not None:
         raise FlexSPError(
-            f"--flexsp-schedule {args.flexsp_schedule}: {reason}, and ranks would run different numbers of "
-            "them. Set auto or lockstep"
+            f"--flexsp-schedule {args.flexsp_schedule}: {reason}, and ranks would run different numbers of them",
+            "set auto or lockstep",
         )
     if args.flexsp_schedule != "auto":
         return str(args.flexsp_schedule)

@@ -155,8 +155,8 @@ def token_capacity(settings: Settings, cost_model: CostModel) -> int:
         capacity = cost_model.token_capacity // settings.micro_batches_in_flight
     if capacity < settings.slice_multiple:
         raise FlexSPError(
-            "the cost model leaves no memory for activations (memory_budget_bytes - model_state_bytes): give "
-            "--flexsp-max-tokens-per-rank, or a cost model that was measured on this cluster"
+            "the cost model leaves no memory for activations (memory_budget_bytes - model_state_bytes)",
+            "give --flexsp-max-tokens-per-rank, or a cost model that was measured on this cluster",
         )
     return capacity
 
@@ -176,9 +176,9 @@ def recomputed_token_capacity(settings: Settings, cost_model: CostModel, token_c
     capacity = settings.max_recomputed_tokens_per_rank
     if capacity is None and cost_model.recomputed_activation_bytes_per_token == 0:
         raise FlexSPError(
-            "--flexsp-recompute: what a rank holds of a micro-batch that recomputes is not known. Give "
-            "--flexsp-max-recomputed-tokens-per-rank, what fits under --recompute-granularity full, or measure the "
-            "--flexsp-cost-model again with --flexsp-recompute"
+            "--flexsp-recompute: what a rank holds of a micro-batch that recomputes is not known",
+            "give --flexsp-max-recomputed-tokens-per-rank, what fits under --recompute-granularity full, or measure "
+            "the --flexsp-cost-model again with --flexsp-recompute",
         )
     if capacity is None and settings.max_tokens_per_rank is not None:
         capacity = scaled_capacity(cost_model, settings.max_tokens_per_rank)
@@ -187,8 +187,8 @@ def recomputed_token_capacity(settings: Settings, cost_model: CostModel, token_c
     if capacity < token_capacity:
         raise FlexSPError(
             f"--flexsp-recompute: a rank holds {capacity:,} tokens where it recomputes and {token_capacity:,} where it "
-            "doesn't, so nothing is gained. Raise --flexsp-max-recomputed-tokens-per-rank, lower "
-            "--flexsp-max-tokens-per-rank, or take the flag out"
+            "doesn't, so nothing is gained",
+            "raise --flexsp-max-recomputed-tokens-per-rank, lower --flexsp-max-tokens-per-rank, or take the flag out",
         )
     return capacity
 
@@ -241,6 +241,7 @@ def narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in
         last_way_out = "use more ranks, or recompute activations where they don't fit (--flexsp-recompute)"
     raise FlexSPError(
         f"{longest_in}: a sequence of {longest:,} tokens doesn't fit. The widest group has {widest} ranks with "
-        f"{capacity:,} tokens each, {widest * slice_capacity:,} in all. Lower --seq-length (longer documents are then "
-        f"split), raise {capacity_flag} if memory allows, allow wider groups (--flexsp-degrees), {last_way_out}"
+        f"{capacity:,} tokens each, {widest * slice_capacity:,} in all",
+        f"lower --seq-length (longer documents are then split), raise {capacity_flag} if memory allows, allow wider "
+        f"groups (--flexsp-degrees), {last_way_out}",
     )

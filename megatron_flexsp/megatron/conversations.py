@@ -66,7 +66,8 @@ class Tokenization:
             status = os.stat(self.path)
         except OSError as error:
             raise FlexSPError(
-                f"--data-path {self.path}: cannot read ({error.strerror}); --sft takes the path of a file of JSON lines"
+                f"--data-path {self.path}: cannot read ({error.strerror})",
+                "give the path of a file of JSON lines, which --sft takes",
             ) from None
         what = f"{_EDITION} {status.st_size} {status.st_mtime_ns} {self.tokenizer_name}"
         name = f"{Path(self.path).stem}-{hashlib.sha256(what.encode()).hexdigest()[:16]}"

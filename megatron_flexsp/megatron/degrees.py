@@ -31,19 +31,20 @@ def degrees_of(args: argparse.Namespace, domain_size: int, cost_model: CostModel
         if degree not in legal:
             raise FlexSPError(
                 f"{flag}: {degree} is not a group size here. A group has a power of two of ranks, at most the "
-                f"{domain_size} data-parallel ranks, or all {domain_size}"
+                f"{domain_size} data-parallel ranks, or all {domain_size}",
+                f"choose among {', '.join(map(str, legal))}",
             )
         if not _has_bandwidth(cost_model, degree):
             raise FlexSPError(
-                f"{flag}: {args.flexsp_cost_model} has no bandwidth for {degree} ranks. Measure it, or leave the "
-                "degree out"
+                f"{flag}: {args.flexsp_cost_model} has no bandwidth for {degree} ranks",
+                "measure it, or leave the degree out",
             )
     rings = [degree for degree in asked if ring_size_of(degree, heads) > 1]
     if rings and not _rings_can_compute(args):
         raise FlexSPError(
             f"{flag}: groups of {', '.join(map(str, rings))} ranks share {heads} attention heads by ring attention, "
-            "which has no --window-size, only --softmax-type vanilla and --attention-dropout 0. Ask for divisors of "
-            "the heads"
+            "which has no --window-size, only --softmax-type vanilla and --attention-dropout 0",
+            "ask for divisors of the heads",
         )
     return tuple(sorted(set(asked)))
 
@@ -84,4 +85,6 @@ def parse_degrees(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise FlexSPError(f"--flexsp-degrees {text}: give whole numbers with commas between, such as 1,2,8") from None
+        raise FlexSPError(
+            f"--flexsp-degrees {text}: these are no whole numbers", "give them with commas between, such as 1,2,8"
+        ) from None

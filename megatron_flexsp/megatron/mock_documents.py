@@ -57,8 +57,9 @@ def _lognormal(text: str, seed: int) -> NDArray[np.int64]:
             raise ValueError
     except (KeyError, ValueError):
         raise FlexSPError(
-            f"--flexsp-mock-lengths lognormal:{text}: expected lognormal:mean=1024,sigma=1.5,min=128,max=8192 with "
-            "0 < min <= mean <= max and sigma >= 0"
+            f"--flexsp-mock-lengths lognormal:{text}: expected mean, sigma, min and max with 0 < min <= mean <= max, "
+            "and sigma >= 0",
+            "write it as lognormal:mean=1024,sigma=1.5,min=128,max=8192",
         ) from None
     # mean is the mean of the lengths themselves, before they are cut to [min, max].
     draws = np.random.default_rng(seed).lognormal(np.log(mean) - sigma**2 / 2, sigma, _DOCUMENTS)
@@ -70,12 +71,15 @@ def _from_file(path: str) -> NDArray[np.int64]:
         words = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise FlexSPError(
-            f"--flexsp-mock-lengths {path}: neither lognormal:... nor a file that can be read ({error})"
+            f"--flexsp-mock-lengths {path}: neither lognormal:... nor a file that can be read ({error})",
+            "give one or the other",
         ) from None
     try:
         lengths = np.array([int(word) for word in words], dtype=np.int64)
     except (ValueError, OverflowError) as error:
-        raise FlexSPError(f"--flexsp-mock-lengths {path}: one length on each line, please ({error})") from None
+        raise FlexSPError(
+            f"--flexsp-mock-lengths {path}: not all lines are lengths ({error})", "write one length on each line"
+        ) from None
     if not len(lengths) or lengths.min() < 1:
-        raise FlexSPError(f"--flexsp-mock-lengths {path}: needs lengths of at least 1")
+        raise FlexSPError(f"--flexsp-mock-lengths {path}: needs lengths of at least 1", "correct the file")
     return lengths

@@ -29,9 +29,9 @@ _LISTED_RANKS = 16
 _DIFFERENCES = (
     (
         "the lengths of the sequences in this batch",
-        "Every node must see the same data files: compare --data-path and --data-cache-path on their hosts",
+        "let every node see the same data files: compare --data-path and --data-cache-path on their hosts",
     ),
-    ("the plan", "Every node must run the same version of megatron-flexsp"),
+    ("the plan", "run the same version of megatron-flexsp on every node"),
 )
 """What ranks can differ in, and what to do about it."""
 
@@ -99,10 +99,12 @@ class PlanChannel:
         if isinstance(planned, Plan):
             payload = packed({"digest": planned.digest(), "lengths": lengths_digest(lengths)}, planned)
         else:
-            payload = packed({"error": str(planned)})  # on the planning rank; what others give is not sent
+            # On the planning rank; what others give is not sent.
+            found, remedy = planned.args if isinstance(planned, FlexSPError) else ("", "")
+            payload = packed({"found": found, "remedy": remedy})
         note, sent = unpacked(self._broadcast(payload))
         if sent is None:
-            raise FlexSPError(note["error"])
+            raise FlexSPError(note["found"], note["remedy"])
         plan = planned if isinstance(planned, Plan) else sent
         self._agree(lengths_digest(lengths) == note["lengths"], plan.digest() == note["digest"])
         return plan
@@ -126,11 +128,11 @@ class PlanChannel:
             return result  # type: ignore[return-value]  # it is what the call returned
         said = b""
         if int(first) == self._rank:
-            name = "" if isinstance(problem, FlexSPError) else f"{type(problem).__name__}: "
-            said = f"{name}{problem}".encode()
+            parts = problem.args if isinstance(problem, FlexSPError) else (f"{type(problem).__name__}: {problem}",)
+            said = json.dumps(parts).encode()
         length = int(self.sum(np.array([len(said)]))[0])
         text = self.sum(np.frombuffer(said.ljust(length, b"\0"), dtype=np.uint8).astype(np.int64))
-        raise FlexSPError(text.astype(np.uint8).tobytes().decode()) from problem
+        raise FlexSPError(*json.loads(text.astype(np.uint8).tobytes())) from problem
 
     def sum(self, values: NDArray[np.int64]) -> NDArray[np.int64]:
         """Collective: the numbers of all ranks, added up."""
@@ -156,7 +158,7 @@ class PlanChannel:
             if not int(agreed[kind]):
                 verdicts = self._hosts.gather(same[kind])
                 others = [rank for rank, verdict in enumerate(verdicts) if not verdict]
-                raise FlexSPError(f"rank(s) {_listed(others)} differ from rank {PLANNING_RANK} in {what}. {remedy}")
+                raise FlexSPError(f"rank(s) {_listed(others)} differ from rank {PLANNING_RANK} in {what}", remedy)
 
 
 def _listed(ranks: list[int]) -> str:

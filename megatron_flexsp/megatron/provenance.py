@@ -108,6 +108,6 @@ def check_same_job(args: argparse.Namespace, cost_model: CostModel, domain_size:
     ]
     if differences:
         raise FlexSPError(
-            f"--flexsp-cost-model {args.flexsp_cost_model}: it was measured on another job: {'; '.join(differences)}. "
-            "Measure this one with --flexsp-profile"
+            f"--flexsp-cost-model {args.flexsp_cost_model}: it was measured on another job: {'; '.join(differences)}",
+            "measure this one with --flexsp-profile",
         )

@@ -34,12 +34,13 @@ def check_arguments(args: argparse.Namespace) -> None:
     least, most = args.flexsp_max_tokens_per_rank, args.flexsp_max_recomputed_tokens_per_rank
     if not args.flexsp_recompute:
         if most is not None:
-            raise FlexSPError(f"{_CAPACITY_FLAG} needs {_FLAG}")
+            raise FlexSPError(f"{_CAPACITY_FLAG} needs {_FLAG}", f"add {_FLAG}, or take the capacity out")
         return
     if least is not None and most is not None and most < least:
         raise FlexSPError(
             f"{_CAPACITY_FLAG} {most} is less than --flexsp-max-tokens-per-rank {least}: a rank that recomputes "
-            f"activations holds more tokens. Raise it, or take {_FLAG} out"
+            "activations holds more tokens",
+            f"raise it, or take {_FLAG} out",
         )
 
 
@@ -65,8 +66,8 @@ def _check_that_passes_are_asked(args: argparse.Namespace) -> None:
     for kind in (TransformerBlock, *([MultiTokenPredictionLayer] if args.mtp_num_layers else ())):
         if _ASKS.search(inspect.getsource(kind.forward)) is None:
             raise FlexSPError(
-                f"{_FLAG}: this Megatron's {kind.__name__} doesn't decide in each forward pass whether it recomputes. "
-                "Take the flag out"
+                f"{_FLAG}: this Megatron's {kind.__name__} doesn't decide in each forward pass whether it recomputes",
+                "take the flag out",
             )
 
 
@@ -84,8 +85,8 @@ def _check_further_tokens(args: argparse.Namespace) -> None:
     if lost - taken.keys():
         flag = _FLAG if args.flexsp_recompute else "--recompute-granularity full"
         raise FlexSPError(
-            f"{flag} with --mtp-num-layers: this Megatron can't recompute further tokens; 0.19 can. Take one of the "
-            "two out"
+            f"{flag} with --mtp-num-layers: this Megatron can't recompute further tokens; 0.19 can",
+            "take one of the two out",
         )
 
 

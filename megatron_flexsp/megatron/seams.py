@@ -52,7 +52,7 @@ class Seam:
                 owner = getattr(owner, part)
             original = getattr(owner, name)
         except (ImportError, AttributeError) as error:
-            raise FlexSPError(f"Megatron {version()}: {self.target} is not there ({error}). {_REMEDY}") from None
+            raise FlexSPError(f"Megatron {version()}: {self.target} is not there ({error})", _REMEDY) from None
         # Of what is built in, nobody can say which parameters it takes.
         found = inspect.signature(original).parameters if self.parameters else {}
         missing = [parameter for parameter in self.parameters if parameter not in found]
@@ -60,12 +60,13 @@ class Seam:
         if missing or tuple(in_order) != self.parameters:
             raise FlexSPError(
                 f"Megatron {version()}: {self.target} takes ({', '.join(found)}), expected "
-                f"({', '.join(self.parameters)}) among them. {_REMEDY}"
+                f"({', '.join(self.parameters)}) among them",
+                _REMEDY,
             )
         return owner, name, original
 
 
-_REMEDY = f"megatron-flexsp works with Megatron {releases.RANGE}."
+_REMEDY = f"use one that megatron-flexsp works with: Megatron {releases.RANGE}"
 
 
 def location() -> Path:
@@ -78,8 +79,8 @@ def location() -> Path:
         if Path(folder, "package_info.py").is_file():
             return Path(folder)
     raise FlexSPError(
-        "Megatron is not there: install it (pip install 'megatron-flexsp[train]') or give the pretrain_gpt.py of a "
-        "Megatron-LM checkout"
+        "Megatron is not there",
+        "install it (pip install 'megatron-flexsp[train]') or give the pretrain_gpt.py of a Megatron-LM checkout",
     )
 
 
@@ -112,7 +113,7 @@ def check_version() -> None:
     found = version()
     release = releases.minor_release(found)
     if release is not None and release < releases.OLDEST:
-        raise FlexSPError(f"Megatron {found} is too old. {_REMEDY}")
+        raise FlexSPError(f"Megatron {found} is too old", _REMEDY)
 
 
 def warning() -> str | None:
@@ -132,7 +133,7 @@ def warning() -> str | None:
 
 def moved(error: ImportError) -> FlexSPError:
     """The message for a name of Megatron that can't be imported from where it was."""
-    return FlexSPError(f"Megatron {version()}: {error}. {_REMEDY}")
+    return FlexSPError(f"Megatron {version()}: {error}", _REMEDY)
 
 
 def install(seams: Sequence[Seam]) -> None:

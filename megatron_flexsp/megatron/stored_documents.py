@@ -29,10 +29,10 @@ class StoredDocuments:
                 check_files(prefix)
                 self._indexed = IndexedDataset(prefix, mmap=memory_map)
         except FlexSPError as error:
-            raise FlexSPError(f"--data-path {prefix}: {error}") from None
+            raise FlexSPError(f"--data-path {prefix}: {error.found}", error.remedy) from None
         except Exception as error:  # a broken index shows in many ways
             raise FlexSPError(
-                f"--data-path {prefix}: {prefix}.idx and .bin can't be read ({error}). Make the data set again"
+                f"--data-path {prefix}: {prefix}.idx and .bin can't be read ({error})", "make the data set again"
             ) from None
         self._first_sequences = np.asarray(self._indexed.document_indices)
 
@@ -67,18 +67,18 @@ def check_files(prefix: str) -> None:
     index_path, data_path = f"{prefix}.idx", f"{prefix}.bin"
     for path in (index_path, data_path):
         if not os.path.isfile(path):
-            raise FlexSPError(f"{path} is missing; give the path of the data set without .idx or .bin")
+            raise FlexSPError(f"{path} is missing", "give the path of the data set without .idx or .bin")
     needed = 0
     with open(index_path, "rb") as stream:
         start = stream.read(HEADER_BYTES)
         if not start.startswith(MAGIC[: len(start)]):
-            raise FlexSPError(f"{index_path} is no Megatron index; make the data set again")
+            raise FlexSPError(f"{index_path} is no Megatron index", "make the data set again")
         header = IndexHeader.of(start) if len(start) == HEADER_BYTES else None
         expected, found = HEADER_BYTES if header is None else header.index_bytes, os.path.getsize(index_path)
         if header is None or found < expected:
             raise FlexSPError(
-                f"{index_path} has {found} bytes where its header needs {expected}; it is truncated. Copy or make it "
-                "again"
+                f"{index_path} has {found} bytes where its header needs {expected}; it is truncated",
+                "copy or make it again",
             )
         documents = header.bounds - 1
         if header.sequences:
@@ -88,9 +88,9 @@ def check_files(prefix: str) -> None:
             pointer = int.from_bytes(stream.read(POINTER_BYTES), "little", signed=True)
             needed = pointer + length * DType.size(DType.dtype_from_code(header.dtype_code))
     if documents < 1 or needed == 0:
-        raise FlexSPError(f"{index_path} lists no tokens; make the data set again")
+        raise FlexSPError(f"{index_path} lists no tokens", "make the data set again")
     found = os.path.getsize(data_path)
     if found < needed:
         raise FlexSPError(
-            f"{data_path} has {found} bytes where its index needs {needed}; it is truncated. Copy or make it again"
+            f"{data_path} has {found} bytes where its index needs {needed}; it is truncated", "copy or make it again"
         )

@@ -26,6 +26,8 @@ SCHEMA = "flexsp.cost_model/1"
 EXCHANGED_AGAIN = 0.5
 """Of its exchanges, the forward's half, what a recomputed micro-batch repeats."""
 
+_CORRECT = "correct the cost model, or measure one with `flexsp profile`"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
@@ -88,15 +90,15 @@ class CostModel:
         for key in (*_NUMBER_KEYS, *_USUAL_NUMBERS):
             _check_number(key, getattr(self, key))
         if self.pipeline_fill_share > 1:
-            raise FlexSPError(f"pipeline_fill_share is {self.pipeline_fill_share}; expected at most 1")
+            raise FlexSPError(f"pipeline_fill_share is {self.pipeline_fill_share}; expected at most 1", "lower it")
         for key in _TABLE_KEYS:
             for degree, value in getattr(self, key).items():
                 _check_number(f'{key}["{degree}"]', value)
         for degree, bandwidth in self.exchange_bandwidth_bytes_per_second.items():
             if bandwidth == 0:
                 raise FlexSPError(
-                    f'exchange_bandwidth_bytes_per_second["{degree}"] is 0; it must be above 0, '
-                    "or leave the degree out so that it is not offered"
+                    f'exchange_bandwidth_bytes_per_second["{degree}"] is 0; expected more',
+                    "correct it, or leave the degree out so that it is not offered",
                 )
 
     @classmethod
@@ -113,7 +115,7 @@ class CostModel:
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
             raise FlexSPError(
-                f"{path}: cannot read the cost model ({reason}); measure one with `flexsp profile`"
+                f"{path}: cannot read the cost model ({reason})", "measure one with `flexsp profile`"
             ) from None
         return cls.from_json(text, source=str(path))
 
@@ -129,11 +131,11 @@ class CostModel:
         try:
             data = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise FlexSPError(f"{source}: not JSON ({error}); expected a {SCHEMA} object") from None
+            raise FlexSPError(f"{source}: not JSON ({error}); expected a {SCHEMA} object", _CORRECT) from None
         try:
             return cls(**_fields_from(data))
         except FlexSPError as error:
-            raise FlexSPError(f"{source}: {error}") from None
+            raise FlexSPError(f"{source}: {error.found}", error.remedy) from None
 
     def to_json(self) -> str:
         """The cost model as JSON text that ``from_json`` reads back to an equal one."""
@@ -176,16 +178,16 @@ class CostModel:
         free_bytes = self.memory_budget_bytes - self.model_state_bytes
         way_out = f"correct the cost model or give the capacity with {flag}"
         if bytes_per_token == 0:
-            raise FlexSPError(f"{key} is 0, so the token capacity is unknown; {way_out}")
+            raise FlexSPError(f"{key} is 0, so the token capacity is unknown", way_out)
         tokens_per_rank = free_bytes / bytes_per_token
         if tokens_per_rank < 1:
             raise FlexSPError(
                 f"memory_budget_bytes {self.memory_budget_bytes:.0f} less model_state_bytes "
-                f"{self.model_state_bytes:.0f} holds no token of {bytes_per_token:.0f} "
-                f"activation bytes; {way_out}"
+                f"{self.model_state_bytes:.0f} holds no token of {bytes_per_token:.0f} activation bytes",
+                way_out,
             )
         if math.isinf(tokens_per_rank):
-            raise FlexSPError(f"{key} {bytes_per_token} is too small; {way_out}")
+            raise FlexSPError(f"{key} {bytes_per_token} is too small", way_out)
         return int(tokens_per_rank)
 
     def sequence_seconds(self, lengths: ArrayLike, degree: int, *, recomputed: bool = False) -> NDArray[np.float64]:
@@ -265,8 +267,8 @@ class CostModel:
         if bandwidth is None:
             known = ", ".join(map(str, sorted(self.exchange_bandwidth_bytes_per_second))) or "none"
             raise FlexSPError(
-                f"the cost model has no exchange_bandwidth_bytes_per_second for degree {degree} "
-                f"(it has {known}); measure that degree with `flexsp profile` or don't ask for it"
+                f"the cost model has no exchange_bandwidth_bytes_per_second for degree {degree} (it has {known})",
+                "measure that degree with `flexsp profile` or don't ask for it",
             )
         return float(bandwidth)
 
@@ -282,39 +284,39 @@ _NUMBER_KEYS = tuple(
 def _check_number(key: str, value: object) -> None:
     """Refuse what is not a finite number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise FlexSPError(f"{key} is {value!r}; expected a number")
+        raise FlexSPError(f"{key} is {value!r}; expected a number", _CORRECT)
     if not math.isfinite(value) or value < 0:
-        raise FlexSPError(f"{key} is {value}; expected a finite number of at least 0")
+        raise FlexSPError(f"{key} is {value}; expected a finite number of at least 0", _CORRECT)
 
 
 def _fields_from(data: object) -> dict[str, Any]:
     """The constructor's arguments from parsed JSON; refuses another schema, unknown and missing keys."""
     if not isinstance(data, dict):
-        raise FlexSPError(f"found a JSON {type(data).__name__}; expected a {SCHEMA} object")
+        raise FlexSPError(f"found a JSON {type(data).__name__}; expected a {SCHEMA} object", _CORRECT)
     if data.get("schema") != SCHEMA:
-        raise FlexSPError(f'schema is {data.get("schema")!r}; expected "{SCHEMA}"')
+        raise FlexSPError(f'schema is {data.get("schema")!r}; expected "{SCHEMA}"', _CORRECT)
     known = {item.name for item in fields(CostModel)}
     values = {key: value for key, value in data.items() if key != "schema"}
     for key in values:
         if key not in known:
-            raise FlexSPError(f"unknown key {key!r}; free text goes in note, provenance in measurement")
+            raise FlexSPError(f"unknown key {key!r}", "put free text in note, and provenance in measurement")
     for key in (*_NUMBER_KEYS, "exchange_bandwidth_bytes_per_second"):
         if key not in values:
-            raise FlexSPError(f"{key} is missing; add it, or measure a cost model with `flexsp profile`")
+            raise FlexSPError(f"{key} is missing", "add it, or measure a cost model with `flexsp profile`")
     for key in _TABLE_KEYS:
         values[key] = _table_from(key, values.get(key, {}))
     if not isinstance(values.get("note", ""), str):
-        raise FlexSPError(f"note is {values['note']!r}; expected text")
+        raise FlexSPError(f"note is {values['note']!r}; expected text", _CORRECT)
     if not isinstance(values.get("measurement", {}), dict):
-        raise FlexSPError(f"measurement is {values['measurement']!r}; expected an object")
+        raise FlexSPError(f"measurement is {values['measurement']!r}; expected an object", _CORRECT)
     return values
 
 
 def _table_from(key: str, table: object) -> dict[int, Any]:
     """A table by degree, whose JSON keys are decimal text."""
     if not isinstance(table, dict):
-        raise FlexSPError(f'{key} is {table!r}; expected an object such as {{"2": 1e11}}')
+        raise FlexSPError(f'{key} is {table!r}; expected an object such as {{"2": 1e11}}', _CORRECT)
     for degree in table:
         if not degree.isdecimal() or str(int(degree)) != degree or int(degree) < 2:
-            raise FlexSPError(f'{key} has the degree "{degree}"; expected a whole number of at least 2')
+            raise FlexSPError(f'{key} has the degree "{degree}"; expected a whole number of at least 2', _CORRECT)
     return {int(degree): value for degree, value in table.items()}

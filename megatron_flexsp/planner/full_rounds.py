@@ -143,7 +143,8 @@ class _Filling:
             if not partable:
                 raise FlexSPError(
                     f"a step of {len(self._tokens)} sequences can't fill {len(found)} micro-batches on each rank, the "
-                    "multiple that the interleaved pipeline needs: raise --global-batch-size"
+                    "multiple that the interleaved pipeline needs",
+                    "raise --global-batch-size",
                 )
             longest = max(partable, key=lambda index: self.round_seconds(found[index]))
             empty = found.index(())
@@ -163,7 +164,8 @@ class _Filling:
         if not whole:
             raise FlexSPError(
                 f"groups of {', '.join(map(str, self._degrees))} ranks can't fill {self._domain_size} ranks with "
-                f"{len(self._tokens)} sequences: allow wider groups (--flexsp-degrees), or raise --global-batch-size"
+                f"{len(self._tokens)} sequences",
+                "allow wider groups (--flexsp-degrees), or raise --global-batch-size",
             )
         return min(whole, key=self._price)
 

@@ -25,7 +25,7 @@ def load_cost_model(name_or_path: str | Path) -> CostModel:
         return CostModel.load(_FOLDER / f"{name_or_path}.json")
     if not Path(name_or_path).exists():
         raise FlexSPError(
-            f"{name_or_path} is neither a file nor a preset ({', '.join(preset_names())}); "
-            "measure a cost model with `flexsp profile`"
+            f"{name_or_path} is neither a file nor a preset ({', '.join(preset_names())})",
+            "measure a cost model with `flexsp profile`",
         )
     return CostModel.load(name_or_path)

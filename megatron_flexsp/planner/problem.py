@@ -184,7 +184,8 @@ def make_problem(
     if capacity < slice_multiple:
         raise FlexSPError(
             f"a token capacity of {capacity} per rank is less than the {slice_multiple} tokens that "
-            "every slice is padded to a multiple of; raise --flexsp-max-tokens-per-rank"
+            "every slice is padded to a multiple of",
+            "raise --flexsp-max-tokens-per-rank",
         )
     tokens_per_rank = capacity - capacity % slice_multiple
     recomputed_tokens_per_rank = None
@@ -193,7 +194,8 @@ def make_problem(
         if recomputed < capacity:
             raise FlexSPError(
                 f"a rank can hold {recomputed} tokens where activations are recomputed and {capacity} where they are "
-                "kept, so nothing is gained: raise --flexsp-max-recomputed-tokens-per-rank, or don't recompute"
+                "kept, so nothing is gained",
+                "raise --flexsp-max-recomputed-tokens-per-rank, or don't recompute",
             )
         recomputed_tokens_per_rank = recomputed - recomputed % slice_multiple
     _check_longest(tokens, allowed, recomputed_tokens_per_rank or tokens_per_rank)
@@ -207,7 +209,7 @@ def make_problem(
         for degree, row in again.items():
             seconds[degree] = np.where(in_order > degree * tokens_per_rank, row, seconds[degree])
     if not np.isfinite(sum(row.sum() for row in seconds.values())):
-        raise FlexSPError("the cost model's constants give no finite time for this batch; correct them")
+        raise FlexSPError("the cost model's constants give no finite time for this batch", "correct them")
     return Problem(
         positions=positions,
         tokens=in_order.tolist(),
@@ -241,7 +243,7 @@ def _checked_lengths(lengths: ArrayLike) -> NDArray[np.int64]:
         raise FlexSPError(f"lengths holds {tokens.dtype} values; expected whole numbers of tokens")
     if tokens.min() < 1:
         position = int(tokens.argmin())
-        raise FlexSPError(f"sequence {position} has {tokens[position]} tokens; leave empty sequences out")
+        raise FlexSPError(f"sequence {position} has {tokens[position]} tokens", "leave empty sequences out")
     return tokens.astype(np.int64)
 
 
@@ -252,7 +254,7 @@ def _checked_degrees(degrees: Iterable[int] | None, cost_model: CostModel, domai
         return tuple(degree for degree in legal_degrees(domain_size) if degree in priced)
     asked = tuple(sorted({_count("a degree", degree) for degree in degrees}))
     if not asked:
-        raise FlexSPError("degrees is empty; name at least one, or leave it out to allow all of them")
+        raise FlexSPError("degrees is empty", "name at least one, or leave it out to allow all of them")
     for degree in asked:
         if not is_legal_degree(degree, domain_size):
             raise FlexSPError(
@@ -269,7 +271,7 @@ def _check_longest(tokens: NDArray[np.int64], degrees: tuple[int, ...], tokens_p
     if tokens[position] > widest * tokens_per_rank:
         raise FlexSPError(
             f"sequence {position} has {tokens[position]} tokens, but the widest allowed group holds "
-            f"{widest * tokens_per_rank} ({widest} ranks x {tokens_per_rank} tokens); allow a wider degree "
-            "(it needs a bandwidth in the cost model), use more ranks, shorten what is longer (--max-sequence, in "
-            "training --seq-length) or raise --flexsp-max-tokens-per-rank there if memory allows"
+            f"{widest * tokens_per_rank} ({widest} ranks x {tokens_per_rank} tokens)",
+            "allow a wider degree (it needs a bandwidth in the cost model), use more ranks, shorten what is longer "
+            "(--max-sequence, in training --seq-length) or raise --flexsp-max-tokens-per-rank there if memory allows",
         )

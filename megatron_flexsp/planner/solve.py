@@ -237,7 +237,8 @@ def _static_problems(problem: Problem) -> list[Problem]:
             f"a static plan needs a degree that divides the domain of {problem.domain_size} ranks and holds the "
             f"longest sequence, {problem.tokens[-1]} tokens at "
             f"{problem.recomputed_tokens_per_rank or problem.tokens_per_rank} per rank; none of the "
-            f"allowed degrees {', '.join(map(str, problem.degrees))} does; allow another, or use schedule nested"
+            f"allowed degrees {', '.join(map(str, problem.degrees))} does",
+            "allow another, or use schedule nested",
         )
     return usable
 

@@ -16,17 +16,17 @@ def check_writable(path: str) -> None:
     """Refuse, before anything is measured, a path that the cost model could not be written to."""
     target = Path(path)
     if target.is_dir():
-        raise FlexSPError(f"{_FLAG} {path}: this is a folder; give the path of a file, such as {path}/x.json")
+        raise FlexSPError(f"{_FLAG} {path}: this is a folder", f"give the path of a file, such as {path}/x.json")
     folder = target.parent
     if not folder.is_dir():
-        raise FlexSPError(f"{_FLAG} {path}: there is no folder {folder}; make it first")
+        raise FlexSPError(f"{_FLAG} {path}: there is no folder {folder}", "make it first")
     try:
         # Not os.access(): it lets root write anywhere, a file system doesn't.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise FlexSPError(
-            f"{_FLAG} {path}: the folder {folder} can't be written to ({error.strerror}); give another path"
+            f"{_FLAG} {path}: the folder {folder} can't be written to ({error.strerror})", "give another path"
         ) from None
 
 

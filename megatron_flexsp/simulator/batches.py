@@ -55,7 +55,7 @@ def read_document_lengths(prefix: str, at_most: int | None = None) -> Lengths:
         header = _read_header(stream, prefix)
         needed = header.index_bytes
         if os.fstat(stream.fileno()).st_size < needed:
-            raise FlexSPError(f"{prefix}.idx is truncated. Copy or make it again")
+            raise FlexSPError(f"{prefix}.idx is truncated", "copy or make it again")
         # Mapped, so that a stretch costs no more than itself.
         whole = np.memmap(stream, dtype=np.uint8, mode="r")
     sequence_tokens = whole[HEADER_BYTES : HEADER_BYTES + LENGTH_BYTES * header.sequences].view("<i4")
@@ -82,14 +82,14 @@ def _opened(prefix: str) -> BinaryIO:
         return path.open("rb")
     except OSError as error:
         raise FlexSPError(
-            f"{path}: cannot read ({error.strerror}); give the path of the data set without .idx or .bin"
+            f"{path}: cannot read ({error.strerror})", "give the path of the data set without .idx or .bin"
         ) from None
 
 
 def _read_header(stream: BinaryIO, prefix: str) -> IndexHeader:
     header = stream.read(HEADER_BYTES)
     if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
-        raise FlexSPError(f"{prefix}.idx is no Megatron index; make the data set again")
+        raise FlexSPError(f"{prefix}.idx is no Megatron index", "make the data set again")
     return IndexHeader.of(header)
 
 

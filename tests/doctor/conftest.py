@@ -1,8 +1,17 @@
-"""A small data set, and a job on it."""
+"""A small data set, and a job on it; what every error is held to."""
 
+import re
 from pathlib import Path
 
 import pytest
+
+from megatron_flexsp.doctor.findings import Finding
+
+_COMMAND = re.compile(
+    r"(--\w|(add|allow|ask|build|change|choose|copy|correct|give|install|look|lower|make|measure|put|raise|recompute|run|"
+    r"say|set|start|take|train|try|upgrade|use|write)\b).* \S"
+)
+"""A remedy: it begins with a verb or a flag, and goes on."""
 
 JOB = """
     --num-layers 4 --hidden-size 32 --num-attention-heads 8 --seq-length 48 --max-position-embeddings 128
@@ -11,6 +20,14 @@ JOB = """
     --no-persist-layer-norm --no-gradient-accumulation-fusion
     --tokenizer-type NullTokenizer --vocab-size 257 --flexsp --flexsp-max-tokens-per-rank 24
 """
+
+
+def check_wording(finding: Finding) -> None:
+    """What is wrong takes some words, not a flag alone; a remedy is a whole command, not the rest of a sentence."""
+    if finding.status != "error":
+        return
+    assert len(finding.found.split()) >= 3, finding
+    assert _COMMAND.match(finding.remedy), finding
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_flexsp.cli import main
-from tests.doctor.conftest import JOB
+from megatron_flexsp.doctor.findings import Finding
+from tests.doctor.conftest import JOB, check_wording
 from tests.launch import environment_of
 
 
@@ -29,6 +30,8 @@ def test_a_sound_job_on_a_sound_installation(documents: Path) -> None:
     printed = json.loads(done.stdout)
     assert set(printed) == {"schema", "findings"}
     assert printed["schema"] == "flexsp.doctor/1"
+    for finding in printed["findings"]:
+        check_wording(Finding(**finding))
     assert all(set(finding) == {"check", "status", "found", "remedy"} for finding in printed["findings"])
     status = {finding["check"]: finding["status"] for finding in printed["findings"]}
     well = ("python", "torch", "megatron", "patch-points", "gpus", "arguments", "flags", "validation", "domain")
@@ -42,7 +45,7 @@ def test_without_pytorch_the_rest_still_reports(tmp_path: Path) -> None:
     lines = {line.split()[1]: line for line in done.stdout.splitlines()}
     assert lines["import-torch"].startswith("error")
     assert "No module named 'torch'" in lines["import-torch"]
-    assert "-> pip install" in lines["import-torch"]
+    assert "-> install it: pip install" in lines["import-torch"]
     assert lines["highspy"].startswith("ok")
     assert done.stdout.splitlines()[-1].startswith("1 error, ")
 

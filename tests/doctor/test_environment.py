@@ -9,6 +9,7 @@ import pytest
 from megatron_flexsp.doctor.devices import examine_devices, find_gpus
 from megatron_flexsp.doctor.environment import examine_apex, examine_environment
 from megatron_flexsp.doctor.findings import Finding
+from tests.doctor.conftest import check_wording
 
 Install = Callable[..., None]
 
@@ -63,6 +64,7 @@ def test_versions_are_held_against_what_is_needed_and_tried(
     install(name, version)
     finding = next(finding for finding in examine_environment(cpu=False) if finding.check == name)
     assert (finding.status, bool(finding.remedy)) == (status, status != "ok")
+    check_wording(finding)
     assert words in finding.found
 
 

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from megatron_flexsp.doctor.findings import Finding
 from megatron_flexsp.doctor.inside import Request
 from megatron_flexsp.planner import load_cost_model
-from tests.doctor.conftest import JOB
+from tests.doctor.conftest import JOB, check_wording
 
 Found = dict[str, list[Finding]]
 Examine = Callable[..., Found]
@@ -32,6 +33,7 @@ def examine(documents: Path, monkeypatch: pytest.MonkeyPatch) -> Examine:
         request = Request((*words, "--data-path", str(data)), world_size=ranks)
         found = defaultdict(list)
         for finding in examine_job(request, lambda doing: None):
+            check_wording(finding)
             found[finding.check].append(finding)
         return found
 
@@ -108,6 +110,9 @@ def test_what_flexsp_refuses_and_what_megatron_does_not_know(examine: Examine) -
     [
         ("--flexsp-degrees 1,3", 8, "3 is not a group size here"),
         ("--tensor-model-parallel-size 4", 6, "6 ranks don't divide by --tensor-model-parallel-size 4"),
+        ("--flexsp-plan-ahead 0", 8, "--flexsp-plan-ahead 0: must be at least 1"),
+        ("--flexsp-static-degree 2", 8, "needs --flexsp-schedule static; found auto"),
+        ("--flexsp-max-recomputed-tokens-per-rank 9", 8, "needs --flexsp-recompute"),
         ("--global-batch-size 20", 8, "--global-batch-size 20 must be a multiple of the 8 data-parallel ranks"),
         ("--flexsp-cost-model nowhere.json", 8, "nowhere.json: cannot read the cost model"),
     ],
@@ -132,6 +137,32 @@ def test_sequences_that_no_group_holds(examine: Examine) -> None:
     assert "8 ranks with 5 tokens each, 40 in all" in problem.found
     assert "lower --seq-length" in problem.remedy
     assert "--flexsp-recompute" in problem.remedy
+
+
+def test_a_capacity_that_nobody_knows(examine: Examine) -> None:
+    without_flag = JOB.split("--flexsp-max-tokens-per-rank")[0]
+    assert "--flexsp " in without_flag
+    model = "configs/cost_models/gpt-7b-192k.json"
+    (problem,) = errors(examine(f"--flexsp-recompute --flexsp-cost-model {model}"))
+    assert (problem.check, problem.found) == (
+        "capacity",
+        "--flexsp-recompute: what a rank holds of a micro-batch that recomputes is not known",
+    )
+    assert problem.remedy.startswith("give --flexsp-max-recomputed-tokens-per-rank, what fits under ")
+
+
+def test_kernels_that_transformer_engine_does_not_have(examine: Examine, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The last --transformer-impl of two holds.
+    job = "--transformer-impl transformer_engine --softmax-type learnable"
+    refused = {
+        "0.0.0": "install it (pip install 'transformer-engine[pytorch]'), or set --transformer-impl local",
+        "2.7.1": "upgrade it, or set --transformer-impl local",
+        "2.11.0": "upgrade it to 2.12 or newer",
+    }
+    for version, remedy in refused.items():
+        monkeypatch.setattr("megatron.core.utils.get_te_version", lambda version=version: Version(version))
+        (problem,) = examine(job)["flags"]
+        assert (problem.status, problem.remedy) == ("error", remedy)
 
 
 def test_what_overlong_documents_lose(examine: Examine) -> None:

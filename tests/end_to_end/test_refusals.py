@@ -51,7 +51,7 @@ def test_an_unsupported_megatron(refused: Refused, tmp_path: Path) -> None:
     (core / "package_info.py").write_text('__version__ = "0.16.0"\n')
     script = Path(shutil.copy(SCRIPT, tmp_path))
     assert refused(2, script=script, fresh=True) == (
-        "Megatron 0.16.0 is too old. megatron-flexsp works with Megatron 0.17 to 0.20."
+        "Megatron 0.16.0 is too old. Use one that megatron-flexsp works with: Megatron 0.17 to 0.20"
     )
 
 

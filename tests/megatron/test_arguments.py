@@ -191,7 +191,7 @@ class TestSettings:
             ("--attention-dropout 0.1 --flexsp-degrees 3", "--flexsp-degrees: 3 is not a group size here"),
             ("--flexsp-degrees 0,1", "--flexsp-degrees: 0 is not a group size here"),
             ("--flexsp-degrees 16", r"--flexsp-degrees: 16 is not .* at most the 8 data-parallel ranks"),
-            ("--flexsp-degrees 1;2", r"--flexsp-degrees 1;2: give whole numbers with commas"),
+            ("--flexsp-degrees 1;2", r"--flexsp-degrees 1;2: these are no whole numbers\. Give them with commas"),
             ("--flexsp-schedule static --flexsp-static-degree 3", "--flexsp-static-degree: 3 is not a group size"),
             ("--flexsp-static-degree 2", "--flexsp-static-degree needs --flexsp-schedule static"),
             ("--flexsp-mock-lengths lengths.txt", "--flexsp-mock-lengths needs --mock-data"),

@@ -54,7 +54,7 @@ def test_lengths_from_a_file(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_lognormal_is_refused(values: str) -> None:
-    with pytest.raises(FlexSPError, match=r"--flexsp-mock-lengths lognormal:.*: expected lognormal:mean="):
+    with pytest.raises(FlexSPError, match=r"--flexsp-mock-lengths lognormal:.*: expected mean, sigma"):
         mock_lengths(f"lognormal:{values}", 64, seed=1)
 
 

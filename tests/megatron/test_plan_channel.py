@@ -26,11 +26,11 @@ def test_ranks_that_see_another_batch_are_named_everywhere(case: str, two_proces
 def test_ranks_that_read_another_plan_are_named_everywhere(two_processes: Seen) -> None:
     first, second = (seen["other version"] for seen in two_processes)
     assert first == second
-    assert first.startswith("error: rank(s) [1] differ from rank 0 in the plan.")
+    assert first.startswith("error: rank(s) [1] differ from rank 0 in the plan -> run the same version")
 
 
 def test_why_there_is_no_plan_is_told_everywhere(two_processes: Seen) -> None:
-    assert [seen["no plan"] for seen in two_processes] == ["error: sequence 2 is too long"] * 2
+    assert [seen["no plan"] for seen in two_processes] == ["error: sequence 2 is too long -> split it"] * 2
 
 
 def test_the_channel_outlives_an_error(two_processes: Seen) -> None:

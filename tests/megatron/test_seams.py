@@ -114,5 +114,5 @@ def test_a_module_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_flexsp.megatron import plugin
 
     monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", None)
-    with pytest.raises(FlexSPError, match=r"core\.extensions\.transformer_engine.* works with Megatron 0\.17"):
+    with pytest.raises(FlexSPError, match=r"core\.extensions\.transformer_engine.* works with: Megatron 0\.17"):
         plugin.training_seams(profiles=False)

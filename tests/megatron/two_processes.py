@@ -49,7 +49,7 @@ def shared(channel: PlanChannel, lengths: list[int], planned: Plan | FlexSPError
     try:
         return channel.share(np.array(lengths), planned if channel.plans_here else None).to_json()
     except FlexSPError as error:
-        return f"error: {error}"
+        return f"error: {error.found} -> {error.remedy}"
 
 
 def batches(channel: PlanChannel, rank: int, longest: int) -> list[Any]:
@@ -94,7 +94,7 @@ def main() -> None:
         "plan": shared(channel, [5, 7, 9], plan),
         "other lengths": shared(channel, [5, 7, 9 + rank], plan),
         "other order": shared(channel, [5, 7, 9] if rank == 0 else [7, 5, 9], plan),
-        "no plan": shared(channel, [5, 7, 9], FlexSPError("sequence 2 is too long")),
+        "no plan": shared(channel, [5, 7, 9], FlexSPError("sequence 2 is too long", "split it")),
         "plan again": shared(channel, [5, 7, 9], plan),
         "batches": batches(channel, rank, longest=16),
         "packs": packs(channel, rank),

@@ -68,8 +68,9 @@ def test_plans_arrive_in_order_and_are_those_of_plan(service: PlanningService) -
 
 def test_a_batch_without_a_legal_plan_is_an_error_and_the_next_one_is_planned(service: PlanningService) -> None:
     pending = [service.submit(np.array([4001])), service.submit(BATCHES[0])]
-    with pytest.raises(FlexSPError, match=r"4,?001"):
+    with pytest.raises(FlexSPError, match=r"4,?001") as refusal:
         service.result(pending[0])
+    assert refusal.value.remedy.startswith("allow a wider degree")
     assert service.result(pending[1]).digest() == REQUEST.make(BATCHES[0]).digest()
 
 
