@@ -1,5 +1,11 @@
 """The one exception that this package raises for what a user can put right."""
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+_PARAMETER = re.compile(r"`(\w+)`")
+
 
 class FlexSPError(Exception):
     """A mistake in a flag, a file or a cluster's shape.
@@ -23,3 +29,19 @@ class FlexSPError(Exception):
 
     def __str__(self) -> str:
         return f"{self.found}. {self.remedy[0].upper()}{self.remedy[1:]}" if self.remedy else self.found
+
+
+@contextmanager
+def named_by_flags(flags: Mapping[str, str]) -> Iterator[None]:
+    """A block or function whose errors name a front end's flags in the place of a library's parameters.
+
+    Parameters
+    ----------
+    flags
+        What to put in the place of each parameter's name, which stands in backquotes: raise `token_capacity`.
+    """
+    try:
+        yield
+    except FlexSPError as error:
+        named = (_PARAMETER.sub(lambda name: flags.get(name[1], name[0]), part) for part in error.args)
+        raise FlexSPError(*named) from None

@@ -2,7 +2,9 @@
 
 import pickle
 
-from megatron_flexsp.errors import FlexSPError
+import pytest
+
+from megatron_flexsp.errors import FlexSPError, named_by_flags
 
 
 def test_the_remedy_is_a_sentence_of_the_message() -> None:
@@ -14,3 +16,14 @@ def test_the_remedy_is_a_sentence_of_the_message() -> None:
 def test_both_parts_reach_another_process() -> None:
     arrived = pickle.loads(pickle.dumps(FlexSPError("9 ranks are odd", "use 8")))
     assert (arrived.found, arrived.remedy) == ("9 ranks are odd", "use 8")
+
+
+def test_a_front_end_names_its_flags() -> None:
+    @named_by_flags({"capacity": "--max-tokens"})
+    def refuse() -> None:
+        raise FlexSPError("a `capacity` of 0", "raise `capacity`, or run `flexsp profile` with `other`")
+
+    with pytest.raises(FlexSPError) as refusal:
+        refuse()
+    parts = (refusal.value.found, refusal.value.remedy)
+    assert parts == ("a --max-tokens of 0", "raise --max-tokens, or run `flexsp profile` with `other`")

@@ -14,8 +14,8 @@ import numpy as np
 from megatron_flexsp.doctor.data import Corpus
 from megatron_flexsp.doctor.findings import Finding, ok, refused, warning
 from megatron_flexsp.doctor.inside import Request
-from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.arguments import Settings
+from megatron_flexsp.errors import FlexSPError, named_by_flags
+from megatron_flexsp.megatron.arguments import PLANNER_FLAGS, Settings
 from megatron_flexsp.megatron.context import (
     narrowest_degree,
     plan_request,
@@ -159,6 +159,7 @@ def _examine_degrees_needed(settings: Settings, per_slice: int, corpus: Corpus) 
     return ok("degrees-needed", "; ".join(shares))
 
 
+@named_by_flags(PLANNER_FLAGS)
 def _examine_plan(
     args: argparse.Namespace, settings: Settings, request: PlanRequest, longest: int, corpus: Corpus
 ) -> Finding:

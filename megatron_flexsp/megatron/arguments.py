@@ -16,6 +16,14 @@ from megatron_flexsp.tried import OLDEST_TRANSFORMER_ENGINE
 _SINKS_TRANSFORMER_ENGINE, _SINKS_CUDNN = (2, 12), (9, 18)
 """The first that attend over packs with another softmax than the usual one."""
 
+PLANNER_FLAGS = {
+    "token_capacity": "--flexsp-max-tokens-per-rank",
+    "recomputed_token_capacity": "--flexsp-max-recomputed-tokens-per-rank",
+    "degrees": "--flexsp-degrees",
+    "lengths": "--seq-length",
+}
+"""What stands in errors in the place of the planner's parameters."""
+
 OVERLONG = ("split", "truncate", "drop", "error")
 SAMPLES = ("documents", "packed")
 

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.errors import FlexSPError, named_by_flags
+from megatron_flexsp.megatron.arguments import PLANNER_FLAGS
 from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.further_tokens import FurtherTokens, FurtherTokensBuilder
 from megatron_flexsp.megatron.plan_channel import PlanChannel
@@ -308,7 +309,8 @@ class PlannedBatches:
         planned: Plan | FlexSPError | None = None
         if self._planner is not None and asked.pending is not None:
             try:
-                planned = self._planner.result(asked.pending)
+                with named_by_flags(PLANNER_FLAGS):
+                    planned = self._planner.result(asked.pending)
             except FlexSPError as error:
                 planned = error
         plan = self._channel.share(lengths, planned)

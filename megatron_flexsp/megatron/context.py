@@ -14,13 +14,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.arguments import Settings
+from megatron_flexsp.errors import FlexSPError, named_by_flags
+from megatron_flexsp.megatron.arguments import PLANNER_FLAGS, Settings
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.experts import adds_up_over_groups
 from megatron_flexsp.megatron.head_sizes import head_sizes
 from megatron_flexsp.megatron.plan_channel import PlanChannel
-from megatron_flexsp.megatron.recomputation import scaled_capacity
 from megatron_flexsp.planner import CostModel, first_ranks
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
 from megatron_flexsp.runtime import GroupPool, Hosts, ring_size_of
@@ -142,6 +141,7 @@ def _domains(hosts: Hosts, domain: list[int]) -> list[tuple[int, ...]]:
     return sorted(tuple(sorted(ranks, key=places.__getitem__)) for ranks in domains.values())
 
 
+@named_by_flags(PLANNER_FLAGS)
 def token_capacity(settings: Settings, cost_model: CostModel) -> int:
     """Tokens that one rank can hold in one micro-batch.
 
@@ -161,6 +161,7 @@ def token_capacity(settings: Settings, cost_model: CostModel) -> int:
     return capacity
 
 
+@named_by_flags(PLANNER_FLAGS)
 def recomputed_token_capacity(settings: Settings, cost_model: CostModel, token_capacity: int) -> int | None:
     """Tokens that one rank can hold in a micro-batch that recomputes its activations; None where none may.
 
@@ -181,7 +182,7 @@ def recomputed_token_capacity(settings: Settings, cost_model: CostModel, token_c
             "the --flexsp-cost-model again with --flexsp-recompute",
         )
     if capacity is None and settings.max_tokens_per_rank is not None:
-        capacity = scaled_capacity(cost_model, settings.max_tokens_per_rank)
+        capacity = cost_model.scaled_recomputed_capacity(settings.max_tokens_per_rank)
     if capacity is None:
         capacity = cost_model.recomputed_token_capacity // settings.micro_batches_in_flight
     if capacity < token_capacity:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.recomputation import scaled_capacity
 from megatron_flexsp.planner import CostModel, legal_degrees
 from megatron_flexsp.runtime import ring_size_of
 
@@ -72,7 +71,7 @@ def _largest_slice(args: argparse.Namespace, cost_model: CostModel | None) -> in
         return tokens
     recomputed: int | None = args.flexsp_max_recomputed_tokens_per_rank
     if recomputed is None and tokens is not None and cost_model is not None:
-        recomputed = scaled_capacity(cost_model, tokens)
+        recomputed = cost_model.scaled_recomputed_capacity(tokens)
     return tokens if recomputed is None else recomputed
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.errors import FlexSPError, named_by_flags
 from megatron_flexsp.megatron import seams
 from megatron_flexsp.megatron.context import on_cpu
 from megatron_flexsp.megatron.degrees import parse_degrees
@@ -34,6 +34,12 @@ from megatron_flexsp.planner.service import PlanningService
 
 NAME = "flexsp"
 _TIME_LIMIT_SECONDS = 0.1
+_PLANNER_FLAGS = {
+    "token_capacity": "--max-seqlen-per-dp-cp-rank",
+    "degrees": "--flexsp-degrees",
+    "lengths": "--global-batch-size",
+}
+"""What stands in errors in the place of the planner's parameters. No sequence is too long for all groups here."""
 
 
 def group_sizes(domain_size: int, narrowest: int = 1) -> tuple[int, ...]:
@@ -119,6 +125,7 @@ class PackingJob:
             self._service = PlanningService(self.prepare(count_multiple))
         ahead.pending = self._service.submit(lengths)
 
+    @named_by_flags(_PLANNER_FLAGS)
     def plan(self, ahead: Lookahead | None, lengths: NDArray[np.int64], count_multiple: int) -> Plan:
         """The step's plan: the one that was begun ahead, or made here.
 

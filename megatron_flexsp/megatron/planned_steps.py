@@ -10,7 +10,8 @@ import numpy as np
 from megatron.training import get_args
 from numpy.typing import NDArray
 
-from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.errors import FlexSPError, named_by_flags
+from megatron_flexsp.megatron.arguments import PLANNER_FLAGS
 from megatron_flexsp.megatron.batches import PlannedBatch, SliceReader
 from megatron_flexsp.megatron.context import Context
 from megatron_flexsp.megatron.measured_steps import StepRunner
@@ -118,7 +119,8 @@ class PlannedSteps:
             options={**request.options, "degrees": degrees},
         )
         try:
-            return measured.make(lengths)
+            with named_by_flags(PLANNER_FLAGS):
+                return measured.make(lengths)
         except FlexSPError as error:
             return error
 

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner import CostModel
 
 _FLAG, _CAPACITY_FLAG = "--flexsp-recompute", "--flexsp-max-recomputed-tokens-per-rank"
 _EACH_LAYER = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -88,14 +87,6 @@ def _check_further_tokens(args: argparse.Namespace) -> None:
             f"{flag} with --mtp-num-layers: this Megatron can't recompute further tokens; 0.19 can",
             "take one of the two out",
         )
-
-
-def scaled_capacity(cost_model: CostModel, token_capacity: int) -> int | None:
-    """Tokens that fit a rank's memory recomputed where ``token_capacity`` fit as they are; None if not known."""
-    recomputed_bytes = cost_model.recomputed_activation_bytes_per_token
-    if recomputed_bytes == 0:
-        return None
-    return int(token_capacity * (cost_model.activation_bytes_per_token / recomputed_bytes))
 
 
 def asked_configurations(model: Any) -> tuple[Any, ...]:

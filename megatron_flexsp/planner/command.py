@@ -1,11 +1,8 @@
 """``flexsp plan``: plans the global batches of a file of lengths, and shows how good the plans are."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
 
 import click
 import numpy as np
@@ -14,61 +11,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.planner import ASKABLE_SCHEDULES, CostModel, Plan, load_cost_model, plan, preset_names
+from megatron_flexsp.errors import FlexSPError, named_by_flags
+from megatron_flexsp.planner import ASKABLE_SCHEDULES, Plan, load_cost_model, plan, preset_names
+from megatron_flexsp.planner.command_options import FLAGS, Degrees, capacity_options, opened, recomputed_capacity
 from megatron_flexsp.planner.lengths_file import read_lengths
 from megatron_flexsp.planner.plans_file import planned_line
-
-
-class Degrees(click.ParamType):
-    """Whole numbers with commas between them."""
-
-    name = "degrees"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        try:
-            return tuple(int(degree) for degree in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is no list such as 2,4,8", param, ctx)
-
-
-def recomputing_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that let plans recompute activations."""
-    command = click.option(
-        "--max-recomputed-tokens-per-rank",
-        type=click.IntRange(min=1),
-        metavar="TOKENS",
-        help="What a rank holds where activations are recomputed; default: what the cost model says.",
-    )(command)
-    return click.option(
-        "--recompute",
-        is_flag=True,
-        help="Let plans recompute the activations of single micro-batches, as --flexsp-recompute does.",
-    )(command)
-
-
-def with_recomputing(cost_model: CostModel, recompute: bool, tokens: int | None) -> tuple[CostModel, int | None]:
-    """The cost model and the capacity of recomputed micro-batches that the two options ask for.
-
-    Raises
-    ------
-    FlexSPError
-        If the capacity is neither given nor in the cost model.
-    """
-    if not recompute:
-        if tokens is not None:
-            raise FlexSPError("--max-recomputed-tokens-per-rank needs --recompute")
-        return cost_model, None
-    if tokens is not None:
-        free_bytes = cost_model.memory_budget_bytes - cost_model.model_state_bytes
-        # Half a token more: a whole number of them must survive the division.
-        cost_model = replace(cost_model, recomputed_activation_bytes_per_token=free_bytes / (tokens + 0.5))
-    elif cost_model.recomputed_activation_bytes_per_token == 0:
-        raise FlexSPError(
-            "--recompute: the cost model has no recomputed_activation_bytes_per_token, so the capacity is unknown; "
-            "give --max-recomputed-tokens-per-rank"
-        )
-    return cost_model, cost_model.recomputed_token_capacity
 
 
 @click.command(name="plan")
@@ -87,12 +34,13 @@ def with_recomputing(cost_model: CostModel, recompute: bool, tokens: int | None)
 @click.option("--schedule", default="nested", show_default=True, type=click.Choice(ASKABLE_SCHEDULES))
 @click.option("--static-degree", type=click.IntRange(min=1), help="The one degree of a static plan.")
 @click.option("--degrees", type=Degrees(), help="Degrees that may be used, with commas; all by default.")
-@recomputing_options
+@capacity_options
 @click.option("--pad-each-to", default=1, type=click.IntRange(min=1), help="Pad each sequence to a multiple of this.")
 @click.option("--max-sequence", type=click.IntRange(min=1), help="Drop lengths above this.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop improving a plan after this.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the search's random choices.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write a plan a line, as JSON.")
+@named_by_flags(FLAGS)
 def plan_command(
     lengths_file: Path,
     cost_model_name: str,
@@ -103,6 +51,7 @@ def plan_command(
     schedule: str,
     static_degree: int | None,
     degrees: tuple[int, ...] | None,
+    max_tokens_per_rank: int | None,
     recompute: bool,
     max_recomputed_tokens_per_rank: int | None,
     pad_each_to: int,
@@ -116,9 +65,8 @@ def plan_command(
     \b
     flexsp plan lengths.txt --cost-model gpt-7b-192k --ranks 64 --global-batch-size 512 --batches 3
     """
-    cost_model, recomputed_token_capacity = with_recomputing(
-        load_cost_model(cost_model_name), recompute, max_recomputed_tokens_per_rank
-    )
+    cost_model = load_cost_model(cost_model_name)
+    recomputed = recomputed_capacity(cost_model, max_tokens_per_rank, recompute, max_recomputed_tokens_per_rank)
     lengths = read_lengths(lengths_file)
     if max_sequence is not None:
         lengths = lengths[lengths <= max_sequence]
@@ -136,7 +84,8 @@ def plan_command(
                 schedule=schedule,
                 degrees=degrees,
                 static_degree=static_degree,
-                recomputed_token_capacity=recomputed_token_capacity,
+                token_capacity=max_tokens_per_rank,
+                recomputed_token_capacity=recomputed,
                 time_limit_seconds=time_limit,
                 seed=seed,
             )
@@ -168,16 +117,6 @@ def _batch_numbers(num_lengths: int, size: int, skip: int, batches: int | None, 
             f"of --global-batch-size {size}"
         )
     return range(skip, whole if batches is None else skip + batches)
-
-
-def opened(output: Path | None) -> IO[str] | nullcontext[None]:
-    """The file of ``--output``, or nothing."""
-    if output is None:
-        return nullcontext()
-    try:
-        return output.open("w", encoding="utf-8")
-    except OSError as error:
-        raise FlexSPError(f"--output {output}: cannot write ({error.strerror})") from None
 
 
 def _with_progress(numbers: Iterable[int]) -> Iterator[int]:

@@ -160,7 +160,7 @@ class CostModel:
         FlexSPError
             If the memory constants leave no room for a single token, or activation bytes are 0.
         """
-        return self._capacity("activation_bytes_per_token", "--flexsp-max-tokens-per-rank")
+        return self._capacity("activation_bytes_per_token", "token_capacity")
 
     @property
     def recomputed_token_capacity(self) -> int:
@@ -171,12 +171,19 @@ class CostModel:
         FlexSPError
             As ``token_capacity`` does.
         """
-        return self._capacity("recomputed_activation_bytes_per_token", "--flexsp-max-recomputed-tokens-per-rank")
+        return self._capacity("recomputed_activation_bytes_per_token", "recomputed_token_capacity")
 
-    def _capacity(self, key: str, flag: str) -> int:
+    def scaled_recomputed_capacity(self, token_capacity: int) -> int | None:
+        """Tokens that fit a rank's memory recomputed where ``token_capacity`` fit as they are; None if not known."""
+        kept_bytes, recomputed_bytes = self.activation_bytes_per_token, self.recomputed_activation_bytes_per_token
+        if kept_bytes == 0 or recomputed_bytes == 0:
+            return None
+        return int(token_capacity * (kept_bytes / recomputed_bytes))
+
+    def _capacity(self, key: str, parameter: str) -> int:
         bytes_per_token = getattr(self, key)
         free_bytes = self.memory_budget_bytes - self.model_state_bytes
-        way_out = f"correct the cost model or give the capacity with {flag}"
+        way_out = f"correct the cost model, or give `{parameter}`"
         if bytes_per_token == 0:
             raise FlexSPError(f"{key} is 0, so the token capacity is unknown", way_out)
         tokens_per_rank = free_bytes / bytes_per_token

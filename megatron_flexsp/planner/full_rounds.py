@@ -144,7 +144,7 @@ class _Filling:
                 raise FlexSPError(
                     f"a step of {len(self._tokens)} sequences can't fill {len(found)} micro-batches on each rank, the "
                     "multiple that the interleaved pipeline needs",
-                    "raise --global-batch-size",
+                    "plan more sequences in a step (`lengths`)",
                 )
             longest = max(partable, key=lambda index: self.round_seconds(found[index]))
             empty = found.index(())
@@ -165,7 +165,7 @@ class _Filling:
             raise FlexSPError(
                 f"groups of {', '.join(map(str, self._degrees))} ranks can't fill {self._domain_size} ranks with "
                 f"{len(self._tokens)} sequences",
-                "allow wider groups (--flexsp-degrees), or raise --global-batch-size",
+                "allow wider groups (`degrees`), or plan more sequences in a step (`lengths`)",
             )
         return min(whole, key=self._price)
 

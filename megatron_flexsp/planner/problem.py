@@ -185,7 +185,7 @@ def make_problem(
         raise FlexSPError(
             f"a token capacity of {capacity} per rank is less than the {slice_multiple} tokens that "
             "every slice is padded to a multiple of",
-            "raise --flexsp-max-tokens-per-rank",
+            "raise `token_capacity`",
         )
     tokens_per_rank = capacity - capacity % slice_multiple
     recomputed_tokens_per_rank = None
@@ -195,10 +195,13 @@ def make_problem(
             raise FlexSPError(
                 f"a rank can hold {recomputed} tokens where activations are recomputed and {capacity} where they are "
                 "kept, so nothing is gained",
-                "raise --flexsp-max-recomputed-tokens-per-rank, or don't recompute",
+                "raise `recomputed_token_capacity`, or don't recompute",
             )
         recomputed_tokens_per_rank = recomputed - recomputed % slice_multiple
-    _check_longest(tokens, allowed, recomputed_tokens_per_rank or tokens_per_rank)
+    if recomputed_tokens_per_rank is None:
+        _check_longest(tokens, allowed, tokens_per_rank, "token_capacity")
+    else:
+        _check_longest(tokens, allowed, recomputed_tokens_per_rank, "recomputed_token_capacity")
     positions = np.argsort(tokens, kind="stable")
     in_order = tokens[positions]
     with np.errstate(over="ignore"):
@@ -265,13 +268,13 @@ def _checked_degrees(degrees: Iterable[int] | None, cost_model: CostModel, domai
     return asked
 
 
-def _check_longest(tokens: NDArray[np.int64], degrees: tuple[int, ...], tokens_per_rank: int) -> None:
-    """Refuse a batch whose longest sequence fits no allowed group."""
+def _check_longest(tokens: NDArray[np.int64], degrees: tuple[int, ...], tokens_per_rank: int, capacity: str) -> None:
+    """Refuse a batch whose longest sequence fits no allowed group; ``capacity`` is the parameter that limits it."""
     position, widest = int(tokens.argmax()), degrees[-1]
     if tokens[position] > widest * tokens_per_rank:
         raise FlexSPError(
             f"sequence {position} has {tokens[position]} tokens, but the widest allowed group holds "
             f"{widest * tokens_per_rank} ({widest} ranks x {tokens_per_rank} tokens)",
-            "allow a wider degree (it needs a bandwidth in the cost model), use more ranks, shorten what is longer "
-            "(--max-sequence, in training --seq-length) or raise --flexsp-max-tokens-per-rank there if memory allows",
+            "allow a wider degree (`degrees`; the cost model must have its bandwidth), use more ranks, shorten what is "
+            f"longer (`lengths`), or raise `{capacity}` if memory allows",
         )

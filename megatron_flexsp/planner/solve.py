@@ -238,7 +238,7 @@ def _static_problems(problem: Problem) -> list[Problem]:
             f"longest sequence, {problem.tokens[-1]} tokens at "
             f"{problem.recomputed_tokens_per_rank or problem.tokens_per_rank} per rank; none of the "
             f"allowed degrees {', '.join(map(str, problem.degrees))} does",
-            "allow another, or use schedule nested",
+            "allow another (`degrees`), or use schedule nested",
         )
     return usable
 

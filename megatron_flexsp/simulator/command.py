@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.errors import FlexSPError, named_by_flags
 from megatron_flexsp.planner import load_cost_model, preset_names
-from megatron_flexsp.planner.command import Degrees, opened, recomputing_options, with_recomputing
+from megatron_flexsp.planner.command_options import FLAGS, Degrees, capacity_options, opened, recomputed_capacity
 from megatron_flexsp.planner.lengths_file import read_lengths
 from megatron_flexsp.planner.plans_file import planned_line
 from megatron_flexsp.simulator.batches import (
@@ -77,7 +77,7 @@ class _Strategies(click.ParamType):
 )
 @click.option("--static-degree", type=click.IntRange(min=1), help="Of static; default: what the longest needs.")
 @click.option("--degrees", type=Degrees(), help="Degrees that may be used, with commas; all by default.")
-@recomputing_options
+@capacity_options
 @click.option("--max-sequence", type=click.IntRange(min=1), help="The longest sequence, as --seq-length.")
 @click.option(
     "--overlong", default="split", show_default=True, type=click.Choice(OVERLONG), help="What longer ones become."
@@ -95,6 +95,7 @@ class _Strategies(click.ParamType):
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the plans, for flexsp report.",
 )
+@named_by_flags(FLAGS)
 def simulate_command(
     lengths_file: Path | None,
     data_path: str | None,
@@ -106,6 +107,7 @@ def simulate_command(
     strategies: tuple[str, ...] | None,
     static_degree: int | None,
     degrees: tuple[int, ...] | None,
+    max_tokens_per_rank: int | None,
     recompute: bool,
     max_recomputed_tokens_per_rank: int | None,
     max_sequence: int | None,
@@ -129,9 +131,8 @@ def simulate_command(
     """
     source = _source(lengths_file, data_path, max_sequence, overlong, pad_each_to, seed)
     stragglers = Stragglers(straggler_share, straggler_slowdown, seed) if straggler_share else None
-    cost_model, recomputed_token_capacity = with_recomputing(
-        load_cost_model(cost_model_name), recompute, max_recomputed_tokens_per_rank
-    )
+    cost_model = load_cost_model(cost_model_name)
+    recomputed = recomputed_capacity(cost_model, max_tokens_per_rank, recompute, max_recomputed_tokens_per_rank)
 
     def cluster(domain_size: int) -> Cluster:
         return Cluster(
@@ -139,7 +140,8 @@ def simulate_command(
             domain_size=domain_size,
             degrees=degrees,
             static_degree=static_degree,
-            recomputed_token_capacity=recomputed_token_capacity,
+            token_capacity=max_tokens_per_rank,
+            recomputed_token_capacity=recomputed,
             pipeline_stages=pipeline_stages,
             reduction_seconds=reduction_seconds,
             stragglers=stragglers,
@@ -169,7 +171,7 @@ def _strategies(asked: tuple[str, ...] | None, batches: Sequence[Lengths], clust
     recomputes = cluster.recomputed_token_capacity is not None
     for name in asked or ():
         if name in RECOMPUTING and not recomputes:
-            raise FlexSPError(f"--compare {name} needs --recompute")
+            raise FlexSPError(f"--compare {name} needs --recompute", "add it")
     if asked is not None:
         return asked
     if not recomputes:

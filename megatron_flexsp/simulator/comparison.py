@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
+from megatron_flexsp.errors import named_by_flags
 from megatron_flexsp.planner import CostModel, Plan, legal_degrees, micro_batch_seconds, padding_share, plan
 from megatron_flexsp.simulator.events import Timeline, simulate
 from megatron_flexsp.simulator.stragglers import Stragglers
@@ -16,6 +17,7 @@ RECOMPUTING = ("static-recompute", "lockstep-recompute", "nested-recompute")
 """Static groups in a run that recomputes everything, as long contexts often make people do; and plans that recompute
 only where it pays."""
 
+STATIC = ("static", "static-recompute")
 STRATEGIES = ("static", "batch-adaptive", "lockstep", "nested", *RECOMPUTING)
 
 
@@ -31,6 +33,9 @@ class Cluster:
     static_degree: int | None = None
     """The degree of the static strategy; None for the narrowest that holds the longest sequence."""
 
+    token_capacity: int | None = None
+    """Tokens that a rank can hold in a micro-batch; None for what the cost model says."""
+
     recomputed_token_capacity: int | None = None
     """Tokens that a rank can hold in a recomputed micro-batch; None: no strategy may recompute."""
 
@@ -45,6 +50,24 @@ class Cluster:
     def costs(self, strategy: str) -> CostModel:
         """What micro-batches cost under a strategy."""
         return self.cost_model.always_recomputed() if strategy == "static-recompute" else self.cost_model
+
+    def planned(self, lengths: ArrayLike, strategy: str, *, static_degree: int | None = None) -> Plan:
+        """A batch's plan under a strategy."""
+        everything = strategy == "static-recompute"
+        with named_by_flags({"token_capacity": "`recomputed_token_capacity`"} if everything else {}):
+            return plan(
+                lengths,
+                self.costs(strategy),
+                self.domain_size,
+                schedule=strategy.removesuffix("-recompute"),
+                degrees=self.degrees,
+                static_degree=static_degree,
+                token_capacity=self.recomputed_token_capacity if everything else self.token_capacity,
+                recomputed_token_capacity=self.recomputed_token_capacity if strategy in RECOMPUTING[1:] else None,
+                pipeline_stages=self.pipeline_stages,
+                time_limit_seconds=self.time_limit_seconds,
+                seed=self.seed,
+            )
 
 
 @dataclass
@@ -105,7 +128,8 @@ def compare(
         if cluster.stragglers is not None:
             slowdowns = cluster.stragglers.slowdowns(cluster.domain_size, cluster.pipeline_stages, number)
         for strategy in strategies:
-            made = _plan(batch, strategy, cluster, longest)
+            degree = static_degree_for(longest, cluster, strategy) if strategy in STATIC else None
+            made = cluster.planned(batch, strategy, static_degree=degree)
             timeline = simulate(
                 made,
                 micro_batch_seconds(made, batch, cluster.costs(strategy)),
@@ -121,29 +145,12 @@ def holds_without_recomputing(batches: Sequence[NDArray[np.int64]], cluster: Clu
     longest = max(int(batch.max()) for batch in batches)
     degrees = cluster.degrees or legal_degrees(cluster.domain_size)
     priced = [degree for degree in degrees if degree in {1, *cluster.cost_model.exchange_bandwidth_bytes_per_second}]
-    return longest <= max(priced, default=1) * cluster.cost_model.token_capacity
+    capacity = cluster.cost_model.token_capacity if cluster.token_capacity is None else cluster.token_capacity
+    return longest <= max(priced, default=1) * capacity
 
 
 def static_degree_for(longest: int, cluster: Cluster, strategy: str = "static") -> int:
     """The one degree of a static strategy: as given, or the narrowest that holds the longest sequence of all."""
     if cluster.static_degree is not None and strategy == "static":
         return cluster.static_degree
-    costs = cluster.costs(strategy)
-    alone = plan([longest], costs, cluster.domain_size, schedule="static", degrees=cluster.degrees)
-    return max(item.degree for item in alone.micro_batches)
-
-
-def _plan(batch: NDArray[np.int64], strategy: str, cluster: Cluster, longest: int) -> Plan:
-    schedule = strategy.removesuffix("-recompute")
-    return plan(
-        batch,
-        cluster.costs(strategy),
-        cluster.domain_size,
-        schedule=schedule,
-        degrees=cluster.degrees,
-        static_degree=static_degree_for(longest, cluster, strategy) if schedule == "static" else None,
-        recomputed_token_capacity=cluster.recomputed_token_capacity if strategy in RECOMPUTING[1:] else None,
-        pipeline_stages=cluster.pipeline_stages,
-        time_limit_seconds=cluster.time_limit_seconds,
-        seed=cluster.seed,
-    )
+    return max(item.degree for item in cluster.planned([longest], strategy).micro_batches)

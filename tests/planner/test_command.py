@@ -1,5 +1,7 @@
 """``flexsp plan``, as people type it."""
 
+from dataclasses import replace
+
 import pytest
 from click.testing import CliRunner
 
@@ -99,11 +101,30 @@ def test_six_presets_ship():
         (("--output", "/nowhere/plans.jsonl"), "--output /nowhere/plans.jsonl: cannot write"),
         (("--degrees", "3"), "degree 3 does not exist in a domain of 8 ranks"),
         (("--static-degree", 2), "static_degree 2 needs schedule static"),
+        (("--recompute", "--max-recomputed-tokens-per-rank", 10), "Raise --max-recomputed-tokens-per-rank, or don't"),
+        (("--max-recomputed-tokens-per-rank", 10), "needs --recompute"),
+        (("--recompute",), "Give --max-recomputed-tokens-per-rank"),
+        (
+            ("--max-tokens-per-rank", 100),
+            r"\(--degrees; .* \(--max-sequence\), or raise --max-tokens-per-rank if memory",
+        ),
     ],
 )
 def test_rejects_what_makes_no_sense(lengths_file, options, message):
     with pytest.raises(FlexSPError, match=message):
         run(*usual(lengths_file), *options)
+
+
+def test_a_capacity_can_be_given_where_the_cost_model_has_none(lengths_file, tmp_path):
+    model, output = tmp_path / "model.json", tmp_path / "plans.jsonl"
+    model.write_text(replace(load_cost_model("gpt-7b-192k"), activation_bytes_per_token=0).to_json())
+    options = (*usual(lengths_file), "--cost-model", model, "--batches", 1, "--output", output)
+    with pytest.raises(FlexSPError, match="Correct the cost model, or give --max-tokens-per-rank"):
+        run(*options)
+    result = run(*options, "--max-tokens-per-rank", 300, "--recompute", "--max-recomputed-tokens-per-rank", 500)
+    assert result.exit_code == 0, result.output
+    lengths = [int(line) for line in lengths_file.read_text().split()[:10]]
+    Plan.from_json(output.read_text()).validate(lengths, 300, recomputed_token_capacity=500)
 
 
 def test_rejects_degrees_that_are_no_list(lengths_file):

@@ -129,5 +129,13 @@ def test_rejects_a_degree_without_bandwidth(simple_model):
 
 @pytest.mark.parametrize("change", [{"model_state_bytes": 999}, {"activation_bytes_per_token": 0}])
 def test_rejects_a_memory_model_without_room(simple_model, change):
-    with pytest.raises(FlexSPError, match="--flexsp-max-tokens-per-rank"):
+    with pytest.raises(FlexSPError, match="or give `token_capacity`"):
         _ = replace(simple_model, **change).token_capacity
+
+
+def test_what_fits_recomputed_grows_with_what_fits_as_it_is(simple_model):
+    assert simple_model.scaled_recomputed_capacity(30) is None
+    eighth = simple_model.activation_bytes_per_token / 8
+    model = replace(simple_model, recomputed_activation_bytes_per_token=eighth)
+    assert model.scaled_recomputed_capacity(30) == 240
+    assert replace(model, activation_bytes_per_token=0).scaled_recomputed_capacity(30) is None

@@ -97,7 +97,7 @@ def test_counts_are_filled_up_to_a_multiple(simple_model):
 def test_capacity_given_directly_wins_over_the_memory_model(simple_model):
     model = replace(simple_model, activation_bytes_per_token=0)
     assert plan([150], model, domain_size=1, token_capacity=150).micro_batches[0].degree == 1
-    with pytest.raises(FlexSPError, match="--flexsp-max-tokens-per-rank"):
+    with pytest.raises(FlexSPError, match="Correct the cost model, or give `token_capacity`"):
         plan([150], model, domain_size=1)
 
 
@@ -160,7 +160,11 @@ def test_many_sequences_are_planned_in_seconds(published_7b):
         ({"slice_multiple": 0}, "slice_multiple is 0"),
         ({"count_multiple": 1.5}, "count_multiple is 1.5"),
         ({"token_capacity": 0}, "token_capacity is 0"),
-        ({"token_capacity": 3, "slice_multiple": 4}, "--flexsp-max-tokens-per-rank"),
+        ({"token_capacity": 3, "slice_multiple": 4}, r"multiple of\. Raise `token_capacity`$"),
+        (
+            {"token_capacity": 9, "recomputed_token_capacity": 8},
+            r"nothing is gained\. Raise `recomputed_token_capacity`",
+        ),
         ({"time_limit_seconds": -1}, "time_limit_seconds is -1"),
         ({"time_limit_seconds": float("nan")}, "time_limit_seconds is nan"),
         ({"degrees": []}, "degrees is empty"),
@@ -183,6 +187,9 @@ def test_rejects_a_sequence_that_no_group_holds(simple_model):
     message = r"sequence 1 has 401 tokens, but the widest allowed group holds 400 \(4 ranks x 100 tokens\)"
     with pytest.raises(FlexSPError, match=message):
         plan([5, 401], simple_model, domain_size=8)
+    for recomputed, parameter in ((None, "token_capacity"), (100, "recomputed_token_capacity")):
+        with pytest.raises(FlexSPError, match=rf"\(`lengths`\), or raise `{parameter}` if memory allows"):
+            plan([5, 401], simple_model, domain_size=8, recomputed_token_capacity=recomputed)
 
 
 def test_rejects_constants_that_overflow(simple_model):

@@ -155,3 +155,19 @@ def test_recomputing_needs_a_capacity(lengths_file):
         run(lengths_file, *COMMON, "--recompute")
     with pytest.raises(FlexSPError, match="needs --recompute"):
         run(lengths_file, *COMMON, "--compare", "nested-recompute")
+
+
+def test_a_capacity_can_be_given(lengths_file):
+    costs, lengths = load_cost_model("gpt-7b-192k"), np.loadtxt(lengths_file, dtype=np.int64)[:40]
+    options = (*COMMON, "--batches", 1, "--compare", "nested", "--max-tokens-per-rank")
+    assert lengths.max() <= 8 * 3000
+    given = plan(lengths, costs, 8, token_capacity=3000).predicted_seconds
+    assert float(rows(run(lengths_file, *options, 3000))["nested"][0]) == pytest.approx(given, abs=1e-3)
+    with pytest.raises(FlexSPError, match="or raise --max-tokens-per-rank if memory allows"):
+        run(lengths_file, *options, 100)
+
+
+def test_the_error_names_the_capacity_of_static_groups_that_recompute_everything(lengths_file):
+    capacities = ("--max-tokens-per-rank", 90, "--recompute", "--max-recomputed-tokens-per-rank", 100)
+    with pytest.raises(FlexSPError, match="raise --max-recomputed-tokens-per-rank if memory allows"):
+        run(lengths_file, *COMMON, "--batches", 1, "--compare", "static-recompute", *capacities)
