@@ -22,8 +22,8 @@ from rich.progress import track
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_flexsp.planner import load_cost_model
+from megatron_flexsp.planner.batches import BatchSource, with_longest
 from megatron_flexsp.planner.lengths_file import read_lengths
-from megatron_flexsp.simulator.batches import BatchSource, with_longest
 from megatron_flexsp.simulator.comparison import Cluster, Outcome, compare
 
 RANKS = 64

@@ -13,7 +13,8 @@ from megatron_flexsp.convert.convert import convert_file
 from megatron_flexsp.convert.result import Unconvertible
 from megatron_flexsp.convert.rules import Wishes
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.simulator.batches import read_document_lengths, with_longest
+from megatron_flexsp.planner.batches import with_longest
+from megatron_flexsp.simulator.document_lengths import read_document_lengths
 
 
 @click.command()

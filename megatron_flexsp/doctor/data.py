@@ -22,7 +22,8 @@ from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.conversations import tokenization_of
 from megatron_flexsp.megatron.mock_documents import mock_lengths
 from megatron_flexsp.megatron.stored_documents import check_files
-from megatron_flexsp.simulator.batches import count_documents, read_document_lengths, with_longest
+from megatron_flexsp.planner.batches import with_longest
+from megatron_flexsp.simulator.document_lengths import count_documents, read_document_lengths
 
 Lengths = NDArray[np.int64]
 

@@ -1,19 +1,26 @@
 """``flexsp plan``: plans the global batches of a file of lengths, and shows how good the plans are."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_flexsp.errors import FlexSPError, named_by_flags
+from megatron_flexsp.errors import named_by_flags
 from megatron_flexsp.planner import ASKABLE_SCHEDULES, Plan, load_cost_model, plan, preset_names
-from megatron_flexsp.planner.command_options import FLAGS, Degrees, capacity_options, opened, recomputed_capacity
+from megatron_flexsp.planner.batches import BatchSource, Lengths
+from megatron_flexsp.planner.command_options import (
+    FLAGS,
+    Degrees,
+    batch_options,
+    capacity_options,
+    opened,
+    recomputed_capacity,
+    sequences_of,
+)
 from megatron_flexsp.planner.lengths_file import read_lengths
 from megatron_flexsp.planner.plans_file import planned_line
 
@@ -28,15 +35,12 @@ from megatron_flexsp.planner.plans_file import planned_line
     help=f"A cost model's JSON file, or one of {', '.join(preset_names())}.",
 )
 @click.option("--ranks", required=True, type=click.IntRange(min=1), help="Ranks in the domain.")
-@click.option("--global-batch-size", required=True, type=click.IntRange(min=1), help="Sequences of a batch.")
-@click.option("--skip-batches", default=0, type=click.IntRange(min=0), help="Leave out so many batches at the start.")
+@batch_options
 @click.option("--batches", type=click.IntRange(min=1), help="Plan so many batches; all by default.")
 @click.option("--schedule", default="nested", show_default=True, type=click.Choice(ASKABLE_SCHEDULES))
 @click.option("--static-degree", type=click.IntRange(min=1), help="The one degree of a static plan.")
 @click.option("--degrees", type=Degrees(), help="Degrees that may be used, with commas; all by default.")
 @capacity_options
-@click.option("--pad-each-to", default=1, type=click.IntRange(min=1), help="Pad each sequence to a multiple of this.")
-@click.option("--max-sequence", type=click.IntRange(min=1), help="Drop lengths above this.")
 @click.option("--time-limit", type=click.FloatRange(min=0), metavar="SECONDS", help="Stop improving a plan after this.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of the search's random choices.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Write a plan a line, as JSON.")
@@ -47,6 +51,9 @@ def plan_command(
     ranks: int,
     global_batch_size: int,
     skip_batches: int,
+    max_sequence: int | None,
+    overlong: str,
+    pad_each_to: int,
     batches: int | None,
     schedule: str,
     static_degree: int | None,
@@ -54,8 +61,6 @@ def plan_command(
     max_tokens_per_rank: int | None,
     recompute: bool,
     max_recomputed_tokens_per_rank: int | None,
-    pad_each_to: int,
-    max_sequence: int | None,
     time_limit: float | None,
     seed: int,
     output: Path | None,
@@ -67,16 +72,13 @@ def plan_command(
     """
     cost_model = load_cost_model(cost_model_name)
     recomputed = recomputed_capacity(cost_model, max_tokens_per_rank, recompute, max_recomputed_tokens_per_rank)
-    lengths = read_lengths(lengths_file)
-    if max_sequence is not None:
-        lengths = lengths[lengths <= max_sequence]
-    lengths = _padded(lengths, pad_each_to)
-    numbers = _batch_numbers(len(lengths), global_batch_size, skip_batches, batches, lengths_file)
+    lengths = sequences_of(read_lengths(lengths_file), max_sequence, overlong, pad_each_to)
+    source = BatchSource(lengths, str(lengths_file), shuffle_seed=None)
+    drawn = source.batches(global_batch_size, batches, skip_batches)
     console = Console(highlight=False)
     table, plans = _new_table(), []
     with opened(output) as file:
-        for number in _with_progress(numbers):
-            batch = lengths[number * global_batch_size : (number + 1) * global_batch_size]
+        for number, batch in enumerate(_with_progress(drawn), start=skip_batches):
             made = plan(
                 batch,
                 cost_model,
@@ -99,32 +101,12 @@ def plan_command(
         console.print(f"{len(plans)} plans written to {output}", soft_wrap=True)
 
 
-def _padded(lengths: NDArray[np.int64], multiple: int) -> NDArray[np.int64]:
-    return -(-lengths // multiple) * multiple
-
-
-def _batch_numbers(num_lengths: int, size: int, skip: int, batches: int | None, path: Path) -> range:
-    """Which whole batches to plan."""
-    whole = num_lengths // size
-    if skip >= whole:
-        raise FlexSPError(
-            f"{path} holds {num_lengths} usable lengths, {whole} batches of --global-batch-size {size}; "
-            + (f"none is left after --skip-batches {skip}" if skip else "give more lengths or a smaller batch")
-        )
-    if batches is not None and skip + batches > whole:
-        raise FlexSPError(
-            f"--batches {batches} after --skip-batches {skip} asks for batch {skip + batches}; {path} holds {whole} "
-            f"of --global-batch-size {size}"
-        )
-    return range(skip, whole if batches is None else skip + batches)
-
-
-def _with_progress(numbers: Iterable[int]) -> Iterator[int]:
-    """The numbers, with a bar on a terminal and nothing elsewhere."""
+def _with_progress(batches: Sequence[Lengths]) -> Iterator[Lengths]:
+    """The batches, with a bar on a terminal and nothing elsewhere."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        yield from progress.track(list(numbers), description="planning batches")
+        yield from progress.track(batches, description="planning batches")
 
 
 def _new_table() -> Table:

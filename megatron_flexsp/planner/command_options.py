@@ -8,6 +8,7 @@ from typing import IO
 import click
 
 from megatron_flexsp.errors import FlexSPError
+from megatron_flexsp.planner.batches import OVERLONG, Lengths, with_longest
 from megatron_flexsp.planner.cost_model import CostModel
 
 FLAGS = {
@@ -55,6 +56,34 @@ def capacity_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return command
+
+
+def batch_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say which sequences the documents become, and which batches of them are taken."""
+    for option in (
+        click.option(
+            "--pad-each-to", default=1, type=click.IntRange(min=1), help="Pad each sequence to a multiple of this."
+        ),
+        click.option(
+            "--overlong",
+            default="split",
+            show_default=True,
+            type=click.Choice(OVERLONG),
+            help="What longer ones become, as --flexsp-overlong.",
+        ),
+        click.option("--max-sequence", type=click.IntRange(min=1), help="The longest sequence, as --seq-length."),
+        click.option(
+            "--skip-batches", default=0, type=click.IntRange(min=0), help="Leave out so many batches at the start."
+        ),
+        click.option("--global-batch-size", required=True, type=click.IntRange(min=1), help="Sequences of a batch."),
+    ):
+        command = option(command)
+    return command
+
+
+def sequences_of(lengths: Lengths, max_sequence: int | None, overlong: str, pad_each_to: int) -> Lengths:
+    """The sequences that ``batch_options`` make of documents."""
+    return -(-with_longest(lengths, max_sequence, overlong) // pad_each_to) * pad_each_to
 
 
 def recomputed_capacity(

@@ -14,16 +14,18 @@ from rich.table import Table
 
 from megatron_flexsp.errors import FlexSPError, named_by_flags
 from megatron_flexsp.planner import load_cost_model, preset_names
-from megatron_flexsp.planner.command_options import FLAGS, Degrees, capacity_options, opened, recomputed_capacity
+from megatron_flexsp.planner.batches import BatchSource, Lengths
+from megatron_flexsp.planner.command_options import (
+    FLAGS,
+    Degrees,
+    batch_options,
+    capacity_options,
+    opened,
+    recomputed_capacity,
+    sequences_of,
+)
 from megatron_flexsp.planner.lengths_file import read_lengths
 from megatron_flexsp.planner.plans_file import planned_line
-from megatron_flexsp.simulator.batches import (
-    OVERLONG,
-    BatchSource,
-    Lengths,
-    read_document_lengths,
-    with_longest,
-)
 from megatron_flexsp.simulator.comparison import (
     RECOMPUTING,
     STRATEGIES,
@@ -33,8 +35,10 @@ from megatron_flexsp.simulator.comparison import (
     holds_without_recomputing,
     static_degree_for,
 )
+from megatron_flexsp.simulator.document_lengths import read_document_lengths
 from megatron_flexsp.simulator.stragglers import Stragglers
 
+_USUAL_BATCHES = 10
 _SCALE_BATCHES = 3
 """At each size of ``--scale``: large batches differ little from each other."""
 
@@ -65,9 +69,12 @@ class _Strategies(click.ParamType):
     help=f"A cost model's JSON file, or one of {', '.join(preset_names())}.",
 )
 @click.option("--ranks", required=True, type=click.IntRange(min=1), help="Data-parallel ranks (the domain).")
-@click.option("--global-batch-size", required=True, type=click.IntRange(min=1), help="Sequences of a batch.")
-@click.option("--batches", default=10, show_default=True, type=click.IntRange(min=1), help="Batches to simulate.")
-@click.option("--skip-batches", default=0, type=click.IntRange(min=0), help="Leave out so many batches at the start.")
+@batch_options
+@click.option(
+    "--batches",
+    type=click.IntRange(min=1),
+    help=f"Simulate so many batches; by default {_USUAL_BATCHES}, or all where there are fewer.",
+)
 @click.option(
     "--compare",
     "strategies",
@@ -78,11 +85,6 @@ class _Strategies(click.ParamType):
 @click.option("--static-degree", type=click.IntRange(min=1), help="Of static; default: what the longest needs.")
 @click.option("--degrees", type=Degrees(), help="Degrees that may be used, with commas; all by default.")
 @capacity_options
-@click.option("--max-sequence", type=click.IntRange(min=1), help="The longest sequence, as --seq-length.")
-@click.option(
-    "--overlong", default="split", show_default=True, type=click.Choice(OVERLONG), help="What longer ones become."
-)
-@click.option("--pad-each-to", default=1, type=click.IntRange(min=1), help="Pad each sequence to a multiple of this.")
 @click.option("--scale", type=Degrees(), metavar="N,N,...", help="Also on so many ranks, batches growing with them.")
 @click.option("--pipeline-stages", default=1, type=click.IntRange(min=1), help="Simulate a 1F1B pipeline.")
 @click.option("--reduction-seconds", default=0.0, type=click.FloatRange(min=0), help="What the end of a step takes.")
@@ -102,17 +104,17 @@ def simulate_command(
     cost_model_name: str,
     ranks: int,
     global_batch_size: int,
-    batches: int,
     skip_batches: int,
+    max_sequence: int | None,
+    overlong: str,
+    pad_each_to: int,
+    batches: int | None,
     strategies: tuple[str, ...] | None,
     static_degree: int | None,
     degrees: tuple[int, ...] | None,
     max_tokens_per_rank: int | None,
     recompute: bool,
     max_recomputed_tokens_per_rank: int | None,
-    max_sequence: int | None,
-    overlong: str,
-    pad_each_to: int,
     scale: tuple[int, ...] | None,
     pipeline_stages: int,
     reduction_seconds: float,
@@ -150,7 +152,7 @@ def simulate_command(
         )
 
     console = Console(highlight=False)
-    drawn = source.batches(global_batch_size, batches, skip_batches)
+    drawn = source.batches(global_batch_size, batches, skip_batches)[: batches or _USUAL_BATCHES]
     strategies = _strategies(strategies, drawn, cluster(ranks))
     with opened(output) as file:
         outcomes = _outcomes(drawn, strategies, cluster(ranks), "simulating", file)
@@ -161,7 +163,7 @@ def simulate_command(
         rows = []
         for size in scale:
             per_batch = max(1, round(global_batch_size * size / ranks))
-            wider = source.drawn(per_batch, min(batches, _SCALE_BATCHES), seed)
+            wider = source.drawn(per_batch, min(batches or _USUAL_BATCHES, _SCALE_BATCHES), seed)
             rows.append((size, per_batch, _outcomes(wider, strategies, cluster(size), f"simulating {size} ranks")))
         console.print(_scale_table(rows))
 
@@ -194,8 +196,7 @@ def _source(
     else:
         assert data_path is not None
         lengths, name, shuffle_seed = read_document_lengths(data_path), f"--data-path {data_path}", seed
-    lengths = with_longest(lengths, max_sequence, overlong)
-    return BatchSource(-(-lengths // pad_each_to) * pad_each_to, name, shuffle_seed)
+    return BatchSource(sequences_of(lengths, max_sequence, overlong, pad_each_to), name, shuffle_seed)
 
 
 def _outcomes(

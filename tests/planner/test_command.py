@@ -1,5 +1,6 @@
 """``flexsp plan``, as people type it."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,8 @@ from click.testing import CliRunner
 from megatron_flexsp.cli import flexsp
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import CostModel, Plan, load_cost_model, preset_names
+from megatron_flexsp.planner.batches import with_longest
+from megatron_flexsp.planner.lengths_file import read_lengths
 
 
 @pytest.fixture
@@ -47,12 +50,14 @@ def test_output_holds_a_legal_plan_for_each_batch(lengths_file, tmp_path, schedu
         made.validate(lengths[10 * number : 10 * number + 10], load_cost_model("gpt-7b-192k").token_capacity)
 
 
-def test_longer_lengths_are_dropped_before_batches_are_cut(lengths_file, tmp_path):
+@pytest.mark.parametrize("overlong", [None, "split", "truncate", "drop"])
+def test_longer_lengths_become_what_training_makes_of_them_before_batches_are_cut(lengths_file, tmp_path, overlong):
     output = tmp_path / "plans.jsonl"
     run(
         *usual(lengths_file),
         "--max-sequence",
         500,
+        *(() if overlong is None else ("--overlong", overlong)),
         "--degrees",
         "1,2",
         "--seed",
@@ -62,9 +67,12 @@ def test_longer_lengths_are_dropped_before_batches_are_cut(lengths_file, tmp_pat
         "--output",
         output,
     )
-    plans = [Plan.from_json(line) for line in output.read_text().splitlines()]
-    kept = [int(line) for line in lengths_file.read_text().split() if int(line) <= 500]
-    assert len(plans) == len(kept) // 10
+    lines = output.read_text().splitlines()
+    plans = [Plan.from_json(line) for line in lines]
+    sequences = with_longest(read_lengths(lengths_file), 500, overlong or "split").tolist()
+    assert [json.loads(line)["lengths"] for line in lines] == [
+        sequences[10 * number : 10 * number + 10] for number in range(len(sequences) // 10)
+    ]
     assert {item.degree for made in plans for item in made.micro_batches} <= {1, 2}
 
 
@@ -96,8 +104,8 @@ def test_six_presets_ship():
     [
         (("--cost-model", "gpt-9b"), r"gpt-9b is neither a file nor a preset \(gpt-13b-192k, "),
         (("--skip-batches", 9), "none is left after --skip-batches 9"),
-        (("--skip-batches", 2, "--batches", 3), "asks for batch 5"),
-        (("--max-sequence", 1), "holds 0 usable lengths"),
+        (("--skip-batches", 2, "--batches", 3), "--batches 3 after --skip-batches 2 asks for more. Ask for 2 or fewer"),
+        (("--max-sequence", 1, "--overlong", "drop"), "holds 0 sequences, 0 batches of --global-batch-size 10"),
         (("--output", "/nowhere/plans.jsonl"), "--output /nowhere/plans.jsonl: cannot write"),
         (("--degrees", "3"), "degree 3 does not exist in a domain of 8 ranks"),
         (("--static-degree", 2), "static_degree 2 needs schedule static"),

@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from megatron_flexsp.cli import flexsp
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import load_cost_model, plan
-from megatron_flexsp.simulator.batches import read_document_lengths, with_longest
+from megatron_flexsp.planner.batches import with_longest
+from megatron_flexsp.simulator.document_lengths import read_document_lengths
 
 
 @pytest.fixture
@@ -125,6 +126,14 @@ def test_refuses_a_missing_and_a_double_source(lengths_file):
 def test_refuses_fewer_sequences_than_a_batch(lengths_file):
     with pytest.raises(FlexSPError, match="holds 200 sequences, 0 batches of --global-batch-size 201"):
         run(lengths_file, *COMMON[:-1], 201)
+
+
+def test_refuses_more_batches_than_there_are_and_takes_all_where_none_are_asked_for(lengths_file):
+    with pytest.raises(FlexSPError, match=r"200 sequences, 5 batches .* --batches 6 asks for more\. Ask for 5"):
+        run(lengths_file, *COMMON, "--batches", 6)
+    options = (*COMMON, "--compare", "nested", "--time-limit", 0)
+    assert run(lengths_file, *options, "--skip-batches", 1).stdout.startswith("4 batches of 40")
+    assert run(lengths_file, *options[:4], "--global-batch-size", 10, *options[6:]).stdout.startswith("10 batches")
 
 
 RECOMPUTING = ["static-recompute", "lockstep-recompute", "nested-recompute"]

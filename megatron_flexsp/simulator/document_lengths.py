@@ -1,12 +1,8 @@
-"""Global batches to simulate: the sequence lengths of a corpus, cut into batches.
-
-Only lengths are read: of a data set its index, never its tokens.
-"""
+"""How long the documents of a Megatron data set are: its index is read, never its tokens."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,8 +13,6 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.indexed_files import HEADER_BYTES, LENGTH_BYTES, MAGIC, POINTER_BYTES, IndexHeader
 
 Lengths = NDArray[np.int64]
-
-OVERLONG = ("split", "truncate", "drop")
 
 _STRETCH = 1024
 """Documents that are read in a row where not all are read."""
@@ -91,71 +85,3 @@ def _read_header(stream: BinaryIO, prefix: str) -> IndexHeader:
     if len(header) < HEADER_BYTES or not header.startswith(MAGIC):
         raise FlexSPError(f"{prefix}.idx is no Megatron index", "make the data set again")
     return IndexHeader.of(header)
-
-
-def with_longest(lengths: Lengths, longest: int | None, overlong: str) -> Lengths:
-    """The sequences that training makes of documents when none may be longer than ``longest`` tokens.
-
-    Parameters
-    ----------
-    lengths
-        Tokens of each document.
-    longest
-        ``--seq-length``; None leaves documents as they are.
-    overlong
-        What becomes of longer ones, as ``--flexsp-overlong``: ``split`` into pieces of which all but the last are
-        full, ``truncate`` or ``drop``.
-    """
-    if longest is None:
-        return lengths
-    if overlong == "drop":
-        return lengths[lengths <= longest]
-    if overlong == "truncate":
-        return np.minimum(lengths, longest)
-    pieces = -(-lengths // longest)
-    split = np.full(int(pieces.sum()), longest, dtype=np.int64)
-    split[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * longest
-    return split
-
-
-@dataclass(frozen=True)
-class BatchSource:
-    """Batches out of a corpus.
-
-    A text file's lengths stand in the order in which they will be trained on. Megatron shuffles a data set's
-    documents, and so does this, with a seed.
-    """
-
-    lengths: Lengths
-    name: str
-    """What errors call it."""
-
-    shuffle_seed: int | None
-
-    def batches(self, size: int, count: int, skip: int = 0) -> list[Lengths]:
-        """``count`` consecutive batches of ``size`` sequences after the first ``skip``; fewer where there are fewer.
-
-        Raises
-        ------
-        FlexSPError
-            If there is not one.
-        """
-        available = len(self.lengths) // size - skip
-        if available < 1:
-            raise FlexSPError(
-                f"{self.name} holds {len(self.lengths)} sequences, {len(self.lengths) // size} batches of "
-                f"--global-batch-size {size}; "
-                + (f"none is left after --skip-batches {skip}" if skip else "give more sequences or a smaller batch")
-            )
-        order = self._in_order()
-        return [order[number * size : (number + 1) * size] for number in range(skip, skip + min(count, available))]
-
-    def drawn(self, size: int, count: int, seed: int) -> list[Lengths]:
-        """``count`` batches of sequences drawn at random, each as often as it comes: for batches of any size."""
-        generator = np.random.default_rng(seed)
-        return [generator.choice(self.lengths, size) for _ in range(count)]
-
-    def _in_order(self) -> Lengths:
-        if self.shuffle_seed is None:
-            return self.lengths
-        return np.random.default_rng(self.shuffle_seed).permutation(self.lengths)
