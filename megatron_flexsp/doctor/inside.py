@@ -83,8 +83,12 @@ def examine(request: Request, say: Say) -> Iterator[Finding]:
             remedy = "training goes on where all patch points fit; compare the first losses with a tried release's"
             yield warning("megatron", f"{about}; tried: {releases.RANGE}", remedy)
     yield from _examine_transformer_engine(say)
-    yield from _examine_patch_points(request, say)
-    if request.words is not None:
+    if request.words is None:
+        from megatron_flexsp.doctor.patch_points import examine_patch_points
+
+        say("looking at the patch points")
+        yield from examine_patch_points(None)
+    else:
         from megatron_flexsp.doctor.job import examine_job
 
         yield from examine_job(request, say)
@@ -153,30 +157,6 @@ def _examine_transformer_engine(say: Say) -> Iterator[Finding]:
         f"Transformer Engine is installed and can't be imported: {reason}",
         _TRANSFORMER_ENGINE_REMEDY,
     )
-
-
-def _examine_patch_points(request: Request, say: Say) -> Iterator[Finding]:
-    """The launcher's own list, resolved as the launcher does."""
-    from megatron_flexsp.megatron import plugin
-    from megatron_flexsp.megatron.seams import Seam
-
-    say("looking at the patch points")
-    profiles = any(word.split("=")[0] == "--flexsp-profile" for word in request.words or ())
-    seams: list[Seam] = []
-    problems: list[FlexSPError] = []
-    try:
-        seams = [*plugin.flags_seams(), *plugin.training_seams(profiles)]
-    except FlexSPError as problem:
-        problems.append(problem)
-    for seam in seams:
-        try:
-            seam.resolve()
-        except FlexSPError as problem:
-            problems.append(problem)
-    for refusal in problems:
-        yield refused("patch-points", refusal)
-    if not problems:
-        yield ok("patch-points", f"all {len(seams)} found with the expected parameters")
 
 
 def main() -> None:

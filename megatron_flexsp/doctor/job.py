@@ -23,6 +23,7 @@ from megatron_flexsp.doctor import checkpoints, data, forecast
 from megatron_flexsp.doctor.findings import Finding, error, ok, refused, warning
 from megatron_flexsp.doctor.inside import Request, Say
 from megatron_flexsp.doctor.kernels import examine_kernels
+from megatron_flexsp.doctor.patch_points import examine_patch_points
 from megatron_flexsp.doctor.tokenizer import vocabulary_size
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import arguments, recomputation, rounds
@@ -39,6 +40,8 @@ def examine_job(request: Request, say: Say) -> Iterator[Finding]:
     args = yield from _parsed(request)
     if args is None:
         return
+    say("looking at the patch points")
+    yield from examine_patch_points(args)
     say("comparing the job's arguments with what FlexSP takes")
     yield from _examine_flags(args, request)
     say("looking at the job's files")

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError, named_by_flags
-from megatron_flexsp.megatron import seams
 from megatron_flexsp.megatron.context import on_cpu
 from megatron_flexsp.megatron.degrees import parse_degrees
 from megatron_flexsp.megatron.estimate import estimate_cost_model, with_ring_exchange
@@ -93,8 +92,8 @@ class PackingJob:
         self._request = None
         if args.rank == 0:
             print(
-                f" > [flexsp] in Megatron {seams.version()} of {seams.location().parents[1]}: plans for its dynamic "
-                f"context parallelism, groups of {', '.join(map(str, degrees))} ranks with at most "
+                " > [flexsp] plans for Megatron's dynamic context parallelism, "
+                f"groups of {', '.join(map(str, degrees))} ranks with at most "
                 f"{args.max_seqlen_per_dp_cp_rank} tokens each, costs "
                 f"{'estimated' if cost_model is None else 'of ' + args.flexsp_cost_model}"
             )

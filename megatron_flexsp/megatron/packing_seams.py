@@ -111,6 +111,8 @@ def _check_arguments(job: PackingJob, original: Callable[..., Any]) -> Callable[
         args.sequence_packing_scheduler = _MEGATRONS_OWN
         args = original(args, defaults or {})
         args.sequence_packing_scheduler = NAME
+        if args.rank == 0:
+            seams.print_installed()
         job.configure(args)
         return args
 

@@ -289,20 +289,20 @@ def _router_forward(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``tensor_parallel.checkpoint`` whose function runs again in the micro-batch that it ran in first."""
+    """``CheckpointFunction.forward`` whose function runs again in the micro-batch that it ran in first."""
 
-    def checkpoint(function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
+    def forward(ctx: Any, run_function: Callable[..., Any], distribute_saved_activations: bool, *args: Any) -> Any:
         pack = _running.get(None)
         if pack is None:
-            return original(function, distribute_saved_activations, *args)
+            return original(ctx, run_function, distribute_saved_activations, *args)
 
         def in_its_micro_batch(*inputs: Any) -> Any:
             with routed(pack):
-                return function(*inputs)
+                return run_function(*inputs)
 
-        return original(in_its_micro_batch, distribute_saved_activations, *args)
+        return original(ctx, in_its_micro_batch, distribute_saved_activations, *args)
 
-    return checkpoint
+    return staticmethod(forward)
 
 
 def check_routers(model: Any) -> None:
@@ -331,9 +331,16 @@ def seams() -> list[Seam]:
             "leaves out padding",
         ),
         Seam(
-            "megatron.core.tensor_parallel:checkpoint",
-            ("function", "distribute_saved_activations"),
+            # Not the function around it, which a script may have imported already.
+            "megatron.core.tensor_parallel.random:CheckpointFunction.forward",
+            ("ctx", "run_function", "distribute_saved_activations"),
             _checkpoint,
             "recomputes routers in their own micro-batch",
+        ),
+        Seam(
+            f"{router}.attach_and_log_load_balancing_loss",
+            ("self", "activation", "aux_loss_coeff", "aux_loss", "aux_loss_name", "reduce_group", "valid_token_count"),
+            None,
+            "takes a part of a balancing loss",
         ),
     ]

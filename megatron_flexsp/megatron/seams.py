@@ -136,9 +136,22 @@ def moved(error: ImportError) -> FlexSPError:
     return FlexSPError(f"Megatron {version()}: {error}", _REMEDY)
 
 
+_installed: list[Seam] = []
+
+
 def install(seams: Sequence[Seam]) -> None:
     """Check all seams, then put them in place."""
     places = [(seam, *seam.resolve()) for seam in seams]
     for seam, owner, name, original in places:
         if seam.replacement is not None:
             setattr(owner, name, seam.replacement(original))
+            _installed.append(seam)
+
+
+def print_installed() -> None:
+    """Say everything that is changed in this process."""
+    print(f" > [flexsp] in Megatron {version()} of {location().parents[1]}:")
+    for seam in _installed:
+        print(f" > [flexsp] {seam.target} {seam.reason}")
+    if (found := warning()) is not None:
+        print(f" > [flexsp] warning: {found}")

@@ -77,6 +77,11 @@ class FlexSPTraining:
         self._configured = settings
 
     @property
+    def is_configured(self) -> bool:
+        """Whether the flags have been taken before."""
+        return self._configured is not None
+
+    @property
     def _settings(self) -> Settings:
         assert self._configured is not None
         return self._configured
@@ -261,8 +266,10 @@ class FlexSPTraining:
         """Collective: data first, then groups, then the iterators over planned batches."""
         args, settings = get_args(), self._settings
         sources = build_sources(args, settings, num_samples, of_script)
-        # Megatron's evaluation would average over micro-batches instead of tokens, which depends on the plan.
-        args.sft = False
+        if getattr(args, "sft", False):
+            # Megatron's evaluation would average over micro-batches instead of tokens, which depends on the plan.
+            args.sft = False
+            print_rank_0(" > [flexsp] arguments set to what it needs, now that the data is built: sft=False")
         parts = sources.parts
         longest = max(parts, key=lambda part: part.longest)
         self._context = build_context(args, settings, longest.longest, longest.name)

@@ -44,6 +44,17 @@ def errors(found: Found) -> list[Finding]:
     return [finding for findings in found.values() for finding in findings if finding.status == "error"]
 
 
+def test_a_place_that_has_moved_is_an_error_where_the_job_needs_it(
+    examine: Examine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    monkeypatch.delattr(TopKRouter, "_apply_expert_bias")
+    assert [finding.status for finding in examine()["patch-points"]] == ["ok"]
+    (finding,) = examine("--num-experts 4")["patch-points"]
+    assert finding.status == "error" and "TopKRouter._apply_expert_bias is not there" in finding.found
+
+
 def test_a_sound_job_is_foreseen(examine: Examine, documents: Path) -> None:
     found = examine()
     assert not errors(found)

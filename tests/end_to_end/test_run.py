@@ -148,6 +148,10 @@ def test_the_log_and_the_operation_count_are_those_of_the_batches(
         *("--flexsp-mock-lengths", LENGTHS, "--flexsp-max-tokens-per-rank", "48" if layout else "24"),
         *("--save", str(tmp_path), "--save-interval", "3", "--ckpt-format", "torch"),
     )
+    changed = re.findall(r"^ > \[flexsp\] (megatron\S+)", done.stdout, re.MULTILINE)
+    assert "megatron.training.arguments:parse_args" in changed and len(set(changed)) == len(changed)
+    assert not [place for place in changed if "moe" in place or "latent" in place], "no model of this job has them"
+    assert re.search(r"\[flexsp\] arguments set .*dataloader_type=external.* variable_seq_lengths=True", done.stdout)
     lines = [found.groupdict() for found in LINE.finditer(done.stdout)]
     batches = mock_batches(12, 3)
     assert [int(line["iteration"]) for line in lines] == [1, 2, 3], done.stdout

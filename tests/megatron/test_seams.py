@@ -113,6 +113,7 @@ def test_a_checkout_that_only_holds_the_environment_has_none(checkout: Callable[
 def test_a_module_that_moved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_flexsp.megatron import plugin
 
+    monkeypatch.delitem(sys.modules, "megatron_flexsp.megatron.training_seams", raising=False)
     monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine", None)
     with pytest.raises(FlexSPError, match=r"core\.extensions\.transformer_engine.* works with: Megatron 0\.17"):
-        plugin.training_seams(profiles=False)
+        plugin.training_seams()
