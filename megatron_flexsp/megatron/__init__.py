@@ -1,1 +1,1 @@
-"""The seams to Megatron-LM: the only room that imports it."""
+"""The seams to Megatron-LM: the only room beside `cpu` that changes it."""

@@ -24,8 +24,7 @@ from torch import Tensor
 from megatron_flexsp.megatron.batches import LocalMicroBatch, PlannedBatch
 from megatron_flexsp.megatron.context import Context, on_cpu
 from megatron_flexsp.planner.plans_file import planned_line
-from megatron_flexsp.report.trace_files import PLANS, TraceWriter, rank_file
-from megatron_flexsp.simulator.events import Kind
+from megatron_flexsp.trace_format import PLANS, Kind, TraceWriter, rank_file
 
 
 class _Clock(Protocol):

@@ -13,7 +13,7 @@ from plotly.colors import sample_colorscale
 
 from megatron_flexsp.planner import padding_share
 from megatron_flexsp.report.trace import Span, Step, Trace
-from megatron_flexsp.simulator.events import Kind
+from megatron_flexsp.trace_format import Kind
 
 LIGHTEST, DARKEST = 0.95, 0.15  # on the scale Viridis
 FILLER_COLOUR = "#d9d9d9"

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import Plan
 from megatron_flexsp.planner.plans_file import PlannedStep, read_plans
-from megatron_flexsp.simulator.events import Kind, simulate
+from megatron_flexsp.simulator.events import simulate
+from megatron_flexsp.trace_format import Kind
 
 
 @dataclass(frozen=True)

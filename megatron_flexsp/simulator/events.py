@@ -10,22 +10,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_flexsp.planner import Plan
 from megatron_flexsp.planner.laws import rounds
-
-
-class Kind(StrEnum):
-    """What of a micro-batch an operation runs."""
-
-    BOTH = "forward and backward"
-    FORWARD = "forward"
-    BACKWARD = "backward"
-
+from megatron_flexsp.trace_format import Kind
 
 # A backward does two matrix products for each one of its forward, and that one again where it recomputes.
 _SHARES = {Kind.BOTH: 1.0, Kind.FORWARD: 1 / 3, Kind.BACKWARD: 2 / 3}

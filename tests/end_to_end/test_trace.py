@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_flexsp.report.trace_files import read_trace
-from megatron_flexsp.simulator.events import Kind
+from megatron_flexsp.trace_format import Kind
 
 from .conftest import LLAMA
 

@@ -8,7 +8,8 @@ import pytest
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner import CostModel, MicroBatch, Plan
 from megatron_flexsp.planner.plans_file import planned_line
-from megatron_flexsp.report.trace_files import PLANS, TraceWriter, rank_file, read_trace
+from megatron_flexsp.report.trace_files import read_trace
+from megatron_flexsp.trace_format import PLANS, TraceWriter, rank_file
 
 COSTS = CostModel(
     memory_budget_bytes=1000,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_flexsp.planner import CostModel, MicroBatch, Plan, micro_batch_seconds, plan, step_seconds
 from megatron_flexsp.simulator import simulate as simulate_seconds
-from megatron_flexsp.simulator.events import Kind
+from megatron_flexsp.trace_format import Kind
 
 COSTS = CostModel(
     memory_budget_bytes=1000,
