@@ -173,7 +173,7 @@ def _mend(args: argparse.Namespace) -> None:
 def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, None, arguments.Settings | None]:
     """FlexSP's settings after Megatron's own validation; None where either refuses."""
     try:
-        arguments.settings_from_args(args)
+        arguments.check_flags(args)
         recomputation.check_release(args)
     except FlexSPError as problem:
         yield refused("shape", problem, "correct it: FlexSP refuses to start")

@@ -272,14 +272,21 @@ def check_compatibility(args: argparse.Namespace) -> None:
         raise FlexSPError("--flexsp can't be combined with\n  - " + "\n  - ".join(map(str, problems)))
 
 
-def settings_from_args(args: argparse.Namespace) -> Settings:
-    """Check the flags against the shape of the job.
+def check_flags(args: argparse.Namespace) -> None:
+    """Check the flags against each other and against the shape of the job, before Megatron validates its own.
 
     Raises
     ------
     FlexSPError
-        Where a value is out of range, or the world or the heads don't divide.
+        Where a value is out of range, the world doesn't divide, or flags don't go together.
     """
+    _check_shape(args)
+    _check_values(args)
+    recomputation.check_arguments(args)
+    _check_samples(args)
+
+
+def _check_shape(args: argparse.Namespace) -> None:
     model_parallel_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     if args.world_size % model_parallel_size:
         raise FlexSPError(
@@ -288,7 +295,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
             f"{args.pipeline_model_parallel_size} = {model_parallel_size}",
             "start a multiple of that many",
         )
-    domain_size = args.world_size // model_parallel_size
+    domain_size = _domain_size(args)
     if args.global_batch_size is not None and args.global_batch_size % domain_size:
         raise FlexSPError(
             f"--global-batch-size {args.global_batch_size} must be a multiple of the {domain_size} data-parallel "
@@ -297,6 +304,9 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         )
     if args.num_attention_heads is None:  # needed here before Megatron asks for it
         raise FlexSPError("--num-attention-heads is missing", "give it, as Megatron needs it too")
+
+
+def _check_values(args: argparse.Namespace) -> None:
     slice_multiple = precision.slice_multiple(args)
     for flag, value, least in (
         ("--flexsp-plan-ahead", args.flexsp_plan_ahead, 1),
@@ -321,8 +331,9 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         raise FlexSPError("--flexsp-profile with --skip-train: it runs training steps", "take --skip-train out")
     if args.flexsp_mock_lengths is not None and not args.mock_data:
         raise FlexSPError("--flexsp-mock-lengths needs --mock-data", "add --mock-data, or take the lengths out")
-    recomputation.check_arguments(args)
 
+
+def _check_samples(args: argparse.Namespace) -> None:
     packed = args.flexsp_samples == "packed"
     for flag, given in (
         ("--flexsp-overlong", args.flexsp_overlong is not None),
@@ -332,8 +343,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
             raise FlexSPError(
                 f"{flag} with --flexsp-samples packed: the script's own samples are taken", f"take {flag} out"
             )
-    # A script asks for --sft to read cu_seqlens too.
-    sft = bool(getattr(args, "sft", False)) and not packed
+    sft = _takes_conversations(args)
     if sft and args.tokenizer_type != "SFTTokenizer":
         raise FlexSPError(
             f"--sft needs --tokenizer-type SFTTokenizer; found {args.tokenizer_type}", "set that tokenizer"
@@ -346,16 +356,31 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
             "choose truncate, drop or error",
         )
 
+
+def _domain_size(args: argparse.Namespace) -> int:
+    return int(args.world_size // (args.tensor_model_parallel_size * args.pipeline_model_parallel_size))
+
+
+def _takes_conversations(args: argparse.Namespace) -> bool:
+    """Whether samples are conversations. With packs of its own, a script asks for --sft to read cu_seqlens too."""
+    return bool(getattr(args, "sft", False)) and args.flexsp_samples != "packed"
+
+
+def settings_from_args(args: argparse.Namespace) -> Settings:
+    """What follows from checked flags and the arguments that Megatron has validated.
+
+    Raises
+    ------
+    FlexSPError
+        If the cost model's file is broken, or schedule or degrees are not for this job.
+    """
+    domain_size, sft = _domain_size(args), _takes_conversations(args)
     pipeline_size = args.pipeline_model_parallel_size
-    interleaved = bool(
-        args.num_layers_per_virtual_pipeline_stage
-        or args.num_virtual_stages_per_pipeline_rank
-        or getattr(args, "virtual_pipeline_model_parallel_size", None)
-    )
+    # Megatron's validation sets it; None where stages are in one piece.
+    chunks = getattr(args, "virtual_pipeline_model_parallel_size", None)
     count_multiple, in_flight = 1, pipeline_size
-    if interleaved and pipeline_size > 1:
+    if chunks is not None and pipeline_size > 1:
         count_multiple = args.microbatch_group_size_per_vp_stage or pipeline_size
-        chunks = getattr(args, "virtual_pipeline_model_parallel_size", None) or 2
         # The first stage runs this many forward chunks before its first backward frees one, in units
         # of a whole stage (schedules.py, get_pp_rank_microbatches).
         in_flight = -(-(2 * (pipeline_size - 1) + (chunks - 1) * count_multiple + 1) // chunks)
@@ -383,7 +408,7 @@ def settings_from_args(args: argparse.Namespace) -> Settings:
         profile_seconds=args.flexsp_profile_seconds,
         domain_size=domain_size,
         query_heads=args.num_attention_heads // args.tensor_model_parallel_size,
-        slice_multiple=slice_multiple,
+        slice_multiple=precision.slice_multiple(args),
         count_multiple=count_multiple,
         pipeline_stages=pipeline_size,
         micro_batches_in_flight=in_flight,

@@ -131,7 +131,7 @@ def _prepare_validation(args: Any) -> None:
     """Have Megatron validate what FlexSP will train."""
     if args.micro_batch_size is None:
         args.micro_batch_size = 1
-    arguments.settings_from_args(args)
+    arguments.check_flags(args)
     if args.flexsp_profile is not None:
         profiling.prepare_arguments(args)
     precision.keep_scaling_in_tensor_parallel_group(args)

@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.arguments import check_compatibility, settings_from_args
+from megatron_flexsp.megatron.arguments import Settings, check_compatibility, check_flags, settings_from_args
 
 Parse = Callable[..., Namespace]
 
@@ -133,10 +133,12 @@ class TestSettings:
         pipeline = settings_from_args(parse("--pipeline-model-parallel-size 2"))
         assert (pipeline.domain_size, pipeline.count_multiple, pipeline.micro_batches_in_flight) == (4, 1, 2)
 
-        interleaved = settings_from_args(
-            parse("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1")
-        )
-        assert interleaved.count_multiple == 2
+        args = parse("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1")
+        args.virtual_pipeline_model_parallel_size = 2  # as Megatron's validation does
+        interleaved = settings_from_args(args)
+        assert (interleaved.count_multiple, interleaved.micro_batches_in_flight) == (2, 3)
+        args.virtual_pipeline_model_parallel_size = None  # one chunk, which Megatron takes for none
+        assert settings_from_args(args) == pipeline
 
     def test_degrees_that_heads_or_domain_do_not_allow_are_not_offered(self, parse: Parse) -> None:
         assert settings_from_args(parse("--num-attention-heads 4")).degrees == (1, 2, 4)
@@ -208,17 +210,17 @@ class TestSettings:
     )
     def test_a_value_that_makes_no_sense_is_refused(self, more: str, message: str, parse: Parse) -> None:
         with pytest.raises(FlexSPError, match=message):
-            settings_from_args(parse(more))
+            settled(parse(more))
 
     def test_a_world_that_does_not_divide_is_refused(self, parse: Parse) -> None:
         with pytest.raises(FlexSPError, match=r"3 ranks don't divide by --tensor-model-parallel-size 2 x "):
-            settings_from_args(parse("--tensor-model-parallel-size 2", world_size=3))
+            check_flags(parse("--tensor-model-parallel-size 2", world_size=3))
 
     def test_a_number_of_heads_that_is_missing_is_named(self, parse: Parse) -> None:
         args = parse("")
         args.num_attention_heads = None
         with pytest.raises(FlexSPError, match="--num-attention-heads is missing"):
-            settings_from_args(args)
+            check_flags(args)
 
 
 class TestCostModelFile:
@@ -241,6 +243,12 @@ class TestCostModelFile:
         path = cost_model_file(tmp_path)
         with pytest.raises(FlexSPError, match=rf"--flexsp-degrees: {path} has no bandwidth for 8 ranks"):
             settings_from_args(parse(f"--flexsp-cost-model {path} --flexsp-degrees 1,8"))
+
+
+def settled(args: Namespace) -> Settings:
+    """Both steps, between which Megatron validates its own arguments."""
+    check_flags(args)
+    return settings_from_args(args)
 
 
 def cost_model_file(folder: Path, **changes: object) -> Path:

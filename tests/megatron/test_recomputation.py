@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.arguments import check_compatibility, settings_from_args
+from megatron_flexsp.megatron.arguments import check_compatibility, check_flags, settings_from_args
 from megatron_flexsp.megatron.context import narrowest_degree, recomputed_token_capacity
 from megatron_flexsp.megatron.recomputation import check_release, each_layer_recomputed
 from megatron_flexsp.planner import CostModel
@@ -46,6 +46,7 @@ class TestFlags:
             "--expert-tensor-parallel-size 1"
         )
         check_compatibility(args)
+        check_flags(args)
         settings = settings_from_args(args)
         assert (settings.recompute, settings.max_recomputed_tokens_per_rank, settings.schedule) == (True, 16, "nested")
 
@@ -87,7 +88,7 @@ class TestFlags:
     )
     def test_a_value_that_makes_no_sense_is_refused(self, more: str, message: str, parse: Parse) -> None:
         with pytest.raises(FlexSPError, match=message):
-            settings_from_args(parse(more))
+            check_flags(parse(more))
 
     @pytest.mark.parametrize(
         ("more", "degrees"),
