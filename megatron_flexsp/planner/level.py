@@ -98,15 +98,19 @@ class Level:
     def _open(self, sequence: int, open_on: str, reserve_share: float) -> bool:
         """Open a pack for a sequence; False if no block has the time."""
         reserve = reserve_share * self._rate * (self._pack_tokens - self._problem.tokens[sequence])
+        # With a pipeline, the longest micro-batch counts once more for each further stage.
+        excess_seconds = max(0.0, self._added_seconds[sequence] - self._most_work_seconds)
+        filling_seconds = (self._problem.pipeline_stages - 1) * excess_seconds
+        latest = self._target_seconds - self._added_seconds[sequence] - filling_seconds
         block = None
         if reserve > 0:
-            latest = self._target_seconds - self._added_seconds[sequence] - reserve
-            block = self._block_to_open(self._planned_seconds, latest, open_on)
+            block = self._block_to_open(self._planned_seconds, latest - reserve, open_on)
         if block is None:
-            latest = self._target_seconds - self._added_seconds[sequence]
             block = self._block_to_open(self._opened_seconds, latest, open_on)
         if block is None:
             return False
+        self._opened_seconds[block] += filling_seconds
+        self._planned_seconds[block] += filling_seconds
         self._block_seconds[block] = self._opened_seconds[block]
         self._block_counts[block] += 1
         count = self._block_counts[block]

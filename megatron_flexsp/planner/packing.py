@@ -22,6 +22,9 @@ from megatron_flexsp.planner.plans import MicroBatch
 from megatron_flexsp.planner.problem import Problem, topping_up_pays
 from megatron_flexsp.planner.recomputing import degrees_of_recomputed
 
+ANY_TIME_LEFT = 1e9
+"""Overheads, in the rules: top up whatever time is left."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
@@ -46,8 +49,11 @@ class Rules:
     full_share: float = 0.0
     """How full the narrowest packs are expected to get; 0 places sequences on them as on all others."""
 
-    even_count: int = 4
+    even_count: float = 4
     """With a pipeline: plan for ranks that run so many micro-batches, none longer than if all were equal."""
+
+    most_seconds: float = math.inf
+    """With a pipeline: nor longer than this. What a single sequence takes longer, its ranks have less for others."""
 
     least_degrees: Mapping[int, int] = field(default_factory=dict)
     """Degrees below which single sequences must not go, unless they are recomputed."""
@@ -94,8 +100,9 @@ def pack(problem: Problem, target_seconds: float, rules: Rules) -> Packing | Non
     """
     most_seconds = math.inf
     if problem.pipeline_stages > 1 and target_seconds < math.inf:
-        most_seconds = target_seconds / (rules.even_count + problem.pipeline_stages - 1)
-        target_seconds = rules.even_count * most_seconds
+        even_seconds = target_seconds / (rules.even_count + problem.pipeline_stages - 1)
+        most_seconds = min(rules.most_seconds, even_seconds)
+        target_seconds -= (problem.pipeline_stages - 1) * most_seconds
     rank_seconds = [0.0] * problem.domain_size
     rank_counts = [0] * problem.domain_size
     admitted = {degree: _admitted(problem, degree, target_seconds, most_seconds) for degree in problem.degrees}

@@ -6,25 +6,19 @@ import time
 from dataclasses import replace
 
 from megatron_flexsp.planner.bounds import simple_bound_seconds
-from megatron_flexsp.planner.packing import Packing, Rules, pack
+from megatron_flexsp.planner.packing import ANY_TIME_LEFT, Packing, Rules, pack
+from megatron_flexsp.planner.pipeline_rules import pipeline_rules
 from megatron_flexsp.planner.problem import FAR, Problem, degrees_that_pay
 
-_ANY_TIME_LEFT = 1e9  # overheads, in the rules: top up whatever time is left
 _FIXED_RULES = (
-    Rules(open_on="aligned", reserve_share=0.95, top_up_below_overheads=_ANY_TIME_LEFT, top_up_at_any_price=False),
-    Rules(open_on="fullest", reserve_share=0.95, top_up_below_overheads=_ANY_TIME_LEFT, top_up_at_any_price=False),
-    Rules(full_share=0.95, top_up_below_overheads=_ANY_TIME_LEFT, top_up_to_alignment=True, top_up_at_any_price=False),
+    Rules(open_on="aligned", reserve_share=0.95, top_up_below_overheads=ANY_TIME_LEFT, top_up_at_any_price=False),
+    Rules(open_on="fullest", reserve_share=0.95, top_up_below_overheads=ANY_TIME_LEFT, top_up_at_any_price=False),
+    Rules(full_share=0.95, top_up_below_overheads=ANY_TIME_LEFT, top_up_to_alignment=True, top_up_at_any_price=False),
     Rules(top_up_below_overheads=1.25),
-    Rules(top_up_below_overheads=_ANY_TIME_LEFT),
-    Rules(open_on="aligned", reserve_share=0.8, top_up_below_overheads=_ANY_TIME_LEFT),
-    Rules(full_share=0.95, top_up_below_overheads=_ANY_TIME_LEFT, open_on="fullest", top_up_at_any_price=False),
+    Rules(top_up_below_overheads=ANY_TIME_LEFT),
+    Rules(open_on="aligned", reserve_share=0.8, top_up_below_overheads=ANY_TIME_LEFT),
+    Rules(full_share=0.95, top_up_below_overheads=ANY_TIME_LEFT, open_on="fullest", top_up_at_any_price=False),
     Rules(full_share=0.95, top_up_below_overheads=1.25, top_up_to_alignment=True),
-)
-_EVEN_COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
-_PIPELINE_RULES = tuple(
-    Rules(top_up_below_overheads=overheads, even_count=count)
-    for count in _EVEN_COUNTS
-    for overheads in (1.25, _ANY_TIME_LEFT)
 )
 _CLOSE_ENOUGH = 4e-3
 """A share of the bound within which no further pass is worth its time."""
@@ -43,6 +37,13 @@ _LEAST_GAIN = 0.05
 # A pass places every sequence once, at a few microseconds each; these bound what a search costs by default.
 _PLACEMENTS = 30_000
 _FEWEST_PASSES, _MOST_PASSES = 6, 20
+_MOST_PIPELINE_PASSES = 40
+
+_RANDOM_EVEN_COUNTS = (0.9, 1.0, 1.0, 1.1)
+"""What to multiply the count by that pipeline rules plan for, in random ones."""
+
+_RANDOM_PIPELINE_RULES = 4
+"""Random rules keep to so many of the most promising."""
 
 _HOPED_FOR_GAP = 0.03
 """Passes are dear for large batches, so the first target is what a good set of rules usually meets."""
@@ -72,25 +73,31 @@ def search(problem: Problem, bound_seconds: float, deadline: float, seed: int = 
     The best packing, and whether the deadline cut the search short.
     """
     state = _Search(problem, bound_seconds, deadline)
-    hoped_for = (1 + _HOPED_FOR_GAP) * bound_seconds
-    for number, rules in enumerate(_fixed_rules(problem)):
+    for number, (promised_seconds, rules) in enumerate(_fixed_rules(problem, bound_seconds)):
         if state.is_over:
             break
-        target = state.target(1 - _LEAST_GAIN)
+        target = promised_seconds + (1 - _LEAST_GAIN) * (state.best.seconds - promised_seconds)
+        hoped_for = (1 + _HOPED_FOR_GAP) * promised_seconds
         if number == 0 and hoped_for < target:
-            _bisect(state, rules, bound_seconds if state.improves(hoped_for, rules) else hoped_for)
-        elif state.improves(target, rules):
-            _bisect(state, rules, bound_seconds)
+            _bisect(state, rules, promised_seconds if state.improves(hoped_for, rules) else hoped_for)
+        elif promised_seconds < target and state.improves(target, rules):
+            _bisect(state, rules, promised_seconds)
     _try_random_rules(state, seed)
     return state.best, state.is_cut_short
 
 
-def _fixed_rules(problem: Problem) -> tuple[Rules, ...]:
-    """What to try first."""
-    fixed = _FIXED_RULES if problem.pipeline_stages == 1 else _PIPELINE_RULES
+def _fixed_rules(problem: Problem, bound_seconds: float) -> list[tuple[float, Rules]]:
+    """What to try first, each with the step that passes with it hardly better."""
+    fixed = [(bound_seconds, rules) for rules in _FIXED_RULES]
+    if problem.pipeline_stages > 1:
+        fixed = [
+            (max(bound_seconds, found.promised_seconds), rules)
+            for found in pipeline_rules(problem)
+            for rules in found.for_passes(problem)
+        ]
     if problem.recomputed_tokens_per_rank is None:
         return fixed
-    return tuple(replace(rules, recomputing_price=price) for rules in fixed for price in (1.0, math.inf))
+    return [(least, replace(rules, recomputing_price=price)) for least, rules in fixed for price in (1.0, math.inf)]
 
 
 def search_degrees(problem: Problem, bound_seconds: float, deadline: float, seed: int = 0) -> tuple[Packing, bool]:
@@ -115,6 +122,8 @@ def _may_be_better(problem: Problem, best_seconds: float, bound_seconds: float) 
     """Whether a search with a problem's few degrees is worth its time: one pass comes near, or the best is far off."""
     if best_seconds <= bound_seconds * (1 + _CLOSE_ENOUGH) or best_seconds <= simple_bound_seconds(problem):
         return False
+    if problem.pipeline_stages > 1 and best_seconds <= pipeline_rules(problem)[0].promised_seconds:
+        return False
     if len(problem.degrees) > 1:
         return best_seconds > bound_seconds * (1 + FAR)
     if best_seconds > bound_seconds * (1 + _VERY_FAR):
@@ -134,7 +143,8 @@ class _Search:
         self.best = first
         self._deadline = deadline
         self._pass_seconds = time.monotonic() - started
-        self._passes_left = min(_MOST_PASSES, _FEWEST_PASSES + _PLACEMENTS // len(problem.tokens))
+        most_passes = _MOST_PASSES if problem.pipeline_stages == 1 else _MOST_PIPELINE_PASSES
+        self._passes_left = min(most_passes, _FEWEST_PASSES + _PLACEMENTS // len(problem.tokens))
 
     @property
     def is_over(self) -> bool:
@@ -185,19 +195,23 @@ def _try_random_rules(state: _Search, seed: int) -> None:
     generator = random.Random(seed)
     problem = state.problem
     longer = [index for index, tokens in enumerate(problem.tokens) if tokens > problem.tokens_per_rank / 4]
+    promising = pipeline_rules(problem)[:_RANDOM_PIPELINE_RULES] if problem.pipeline_stages > 1 else []
     while not state.is_over:
         num_widened = min(generator.choice((0, 0, 1, 2, 4, 8)), len(longer))
         widened = generator.sample(longer, num_widened)
         rules = Rules(
             reserve_share=generator.choice((0.0, 0.6, 0.8, 0.9, 0.95, 1.0)),
             full_share=generator.choice((0.0, 0.0, 0.0, 0.93, 0.95, 0.97)),
-            top_up_below_overheads=generator.choice((0.0, 0.5, 1.25, 2.0, 3.0, _ANY_TIME_LEFT)),
+            top_up_below_overheads=generator.choice((0.0, 0.5, 1.25, 2.0, 3.0, ANY_TIME_LEFT)),
             open_on=generator.choice(("emptiest", "fullest", "aligned")),
             top_up_to_alignment=generator.random() < 0.5,
             top_up_at_any_price=generator.random() < 0.5,
-            even_count=generator.choice(_EVEN_COUNTS),
             least_degrees={sequence: generator.choice(problem.degrees) for sequence in widened},
         )
+        if promising:
+            limits = generator.choice(promising)
+            even_count = limits.even_count * generator.choice(_RANDOM_EVEN_COUNTS)
+            rules = replace(rules, even_count=even_count, most_seconds=limits.most_seconds)
         if problem.recomputed_tokens_per_rank is not None:
             rules = replace(rules, recomputing_price=generator.choice(_RECOMPUTING_PRICES))
         state.improves(state.target(generator.choice((0.75, 0.85, 0.92, 0.97))), rules)
