@@ -9,6 +9,9 @@ from megatron_flexsp.planner.rounds import Group, Round
 
 _MOST_STEPS = 200
 _MOST_PAIRS = 1 << 17
+"""Of sequences to exchange, for one group."""
+_MOST_PAIRS_IN_ALL = 1 << 24
+"""Several times what a batch of some thousands needs, unless it makes hundreds of rounds."""
 
 
 def exchange(problem: Problem, rounds: list[Round], deadline: float) -> list[Round]:
@@ -19,7 +22,7 @@ def exchange(problem: Problem, rounds: list[Round], deadline: float) -> list[Rou
     """
     state = _Loads(problem, rounds)
     for _ in range(_MOST_STEPS):
-        if time.monotonic() >= deadline or not any(state.relieve(group) for group in state.slowest_groups()):
+        if not any(state.relieve(group) for group in state.slowest_groups() if time.monotonic() < deadline):
             break
     return state.rounds()
 
@@ -29,6 +32,7 @@ class _Loads:
 
     def __init__(self, problem: Problem, rounds: list[Round]) -> None:
         self._problem = problem
+        self._pairs_left = _MOST_PAIRS_IN_ALL
         self._degrees = [group.degree for groups in rounds for group in groups]
         self._round_of = np.array([number for number, groups in enumerate(rounds) for _ in groups], dtype=np.int64)
         self._num_rounds = len(rounds)
@@ -50,16 +54,17 @@ class _Loads:
 
     def slowest_groups(self) -> list[int]:
         """The slowest group of each round that has any."""
-        slowest = []
-        for number in range(self._num_rounds):
-            groups = np.flatnonzero(self._round_of == number)
-            if len(groups):
-                slowest.append(int(groups[np.argmax(self._ends[groups])]))
-        return slowest
+        # By round, then by when they end; of those that end together, the first comes last.
+        in_order = np.lexsort((-np.arange(len(self._ends)), self._ends, self._round_of))
+        is_last = np.append(np.diff(self._round_of[in_order]) > 0, True)
+        return in_order[is_last].tolist()
 
     def relieve(self, group: int) -> bool:
         """Shorten a group that ends last in its round, without lengthening a round; False if nothing does."""
         mine = np.flatnonzero(self._group_of == group)
+        self._pairs_left -= len(mine) * (len(self._degrees) + len(self._tokens))
+        if self._pairs_left < 0:
+            return False
         lengths = np.zeros(self._num_rounds)
         np.maximum.at(lengths, self._round_of, self._ends)
         limits = lengths[self._round_of]
@@ -80,7 +85,7 @@ class _Loads:
 
     def _hand_over(self, group: int, mine: np.ndarray, limits: np.ndarray) -> bool:
         """Move the sequence that relieves the group most to a group that can take it."""
-        ends = self._ends + self._seconds[self._index][:, mine].T
+        ends = self._ends + self._seconds[self._index, mine[:, None]]
         able = (ends <= limits) & (self._tokens[mine][:, None] <= self._room)
         able[:, group] = False
         if not able.any():
@@ -101,7 +106,7 @@ class _Loads:
         here, there = self._index[group], self._index[theirs]
         others = np.arange(len(theirs))
         my_end = self._ends[group] - self._seconds[here, mine][:, None] + self._seconds[here]
-        their_end = self._ends[theirs] - self._seconds[there, others] + self._seconds[there][:, mine].T
+        their_end = self._ends[theirs] - self._seconds[there, others] + self._seconds[there, mine[:, None]]
         gained = self._tokens[mine][:, None] - self._tokens
         able = (theirs != group) & (their_end <= limits[theirs]) & (my_end <= self._ends[group] - least)
         able &= (gained <= self._room[theirs]) & (-gained <= self._room[group])

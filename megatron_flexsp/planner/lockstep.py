@@ -23,6 +23,7 @@ from megatron_flexsp.planner.rounds import (
     is_recomputed,
     pack_rounds,
     round_seconds,
+    rounds_in_a_row,
     step_of_rounds,
 )
 
@@ -37,6 +38,11 @@ _OTHER_COUNT_SHARE = 0.15
 """Of random changes, the share that begins with a round more or less."""
 _OTHER_KIND_SHARE = 0.3
 """The share that recomputes one of the rounds, or does so no more."""
+
+_FIRST_COUNTS = 2
+"""Counts of rounds to try for the first plan; beyond, no time is spent on packing it well."""
+_MANY_ROUNDS = 100
+"""Beyond so many, not even that: a pass looks at all groups of all rounds."""
 
 _CLOSE_ENOUGH = 4e-3
 _LEAST_GAIN = 0.05
@@ -146,7 +152,7 @@ class _Search:
 
 
 def _first_rounds(problem: Problem) -> list[Round]:
-    """Some legal rounds, quickly: lengths are doubled, and rounds added, until the greedy pass succeeds.
+    """Some legal rounds, quickly: lengths are doubled, and a few rounds added, until the greedy pass succeeds.
 
     They are recomputed only if the longest sequence must be.
     """
@@ -160,13 +166,14 @@ def _first_rounds(problem: Problem) -> list[Round]:
         if problem.tokens[-1] <= problem.pack_tokens(degree)
     )
     length = max(per_round, longest, 1e-9)
-    while True:
+    for _ in range(_FIRST_COUNTS if count <= _MANY_ROUNDS else 0):
         for doublings in range(4):
             shapes = [Shape(problem.overhead_seconds + length * (1 << doublings), recomputed)] * count
             rounds = pack_rounds(overall, shapes, RoundRules(widen_most=1 << 30))
             if rounds is not None:
                 return rounds
         count += max(1, count // 4 // problem.count_multiple) * problem.count_multiple
+    return rounds_in_a_row(overall, recomputed=recomputed)
 
 
 def _needs_recomputing(problem: Problem) -> bool:

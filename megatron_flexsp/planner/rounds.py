@@ -5,9 +5,11 @@ domain's ranks: a bin of degree d takes d of them, holds d x capacity tokens, an
 Blocks need no thought here: powers of two, laid out from the widest to the narrowest, are always aligned.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +101,30 @@ def pack_rounds(problem: Problem, shapes: Sequence[Shape], rules: RoundRules) ->
     return _Rounds(problem, shapes, rules).pack()
 
 
+def rounds_in_a_row(problem: Problem, *, recomputed: bool) -> list[Round]:
+    """Legal rounds in one go: longest first, each sequence joins the one before it or opens the next group.
+
+    Groups have the narrowest degree that holds their sequences, which must all fit in groups of that kind.
+    """
+    kind = problem.of(recomputed)
+    rounds: list[list[tuple[int, list[int]]]] = []
+    degree_index, ranks_left, tokens_left = len(kind.degrees) - 1, 0, 0
+    for sequence in range(len(kind.tokens) - 1, -1, -1):
+        tokens, degree = kind.tokens[sequence], kind.degrees[degree_index]
+        while degree_index > 0 and tokens <= kind.pack_tokens(kind.degrees[degree_index - 1]):
+            degree_index -= 1
+        if kind.degrees[degree_index] < degree or tokens > tokens_left:
+            degree = kind.degrees[degree_index]
+            if degree > ranks_left:
+                rounds.append([])
+                ranks_left = kind.domain_size
+            rounds[-1].append((degree, []))
+            ranks_left, tokens_left = ranks_left - degree, kind.pack_tokens(degree)
+        rounds[-1][-1][1].append(sequence)
+        tokens_left -= tokens
+    return [tuple(Group(degree, tuple(members), recomputed) for degree, members in groups) for groups in rounds]
+
+
 class _Rounds:
     """Rounds being filled. The open groups are rows of arrays, so that all are looked at together."""
 
@@ -116,36 +142,25 @@ class _Rounds:
         self._narrow_first = np.zeros(most)
         self._members: list[list[int]] = []
         self._round_of: list[int] = []
-        self._ranks_left = [problem.domain_size] * len(shapes)
         rows = [kind.seconds_arrays[degree] for kind in self._kinds for degree in problem.degrees]
         self._seconds_of = np.stack(rows, axis=1)
-        # How many sequences, from the shortest, an empty group of each degree can take in each round.
-        self._admitted = [
-            [
-                min(
-                    bisect_right(problem.tokens, self._kinds[shape.recomputed].pack_tokens(degree)),
-                    bisect_right(self._kinds[shape.recomputed].sequence_seconds[degree], self._purse(degree, shape)),
-                )
-                for degree in problem.degrees
-            ]
-            for shape in shapes
-        ]
+        self._openings = _Openings(problem, shapes)
 
     def pack(self) -> list[Round] | None:
         """Place every sequence, longest first."""
         tokens = self._problem.tokens
         for sequence in range(len(tokens) - 1, -1, -1):
-            widest = None
+            opening = widest = None
             if self._rules.widen_most < self._problem.degrees[-1]:
-                index, where = self._opening(sequence)
-                if where >= 0:
-                    widest = self._problem.degrees[index] * self._rules.widen_most
+                opening = self._openings.cheapest(sequence)
+                if opening is not None:
+                    widest = self._problem.degrees[opening[0]] * self._rules.widen_most
             group = self._best_open(sequence, widest)
             if group < 0:
-                index, where = self._opening(sequence)
-                if where < 0:
+                opening = opening or self._openings.cheapest(sequence)
+                if opening is None:
                     return None
-                group = self._open(index, where)
+                group = self._open(*opening)
             self._members[group].append(sequence)
             self._tokens_left[group] -= tokens[sequence]
             self._seconds_left[group] -= self._seconds_of[sequence, self._columns[group]]
@@ -154,10 +169,6 @@ class _Rounds:
             number = self._round_of[group]
             rounds[number].append(Group(int(self._degrees[group]), tuple(members), self._shapes[number].recomputed))
         return [tuple(groups) for groups in rounds]
-
-    def _purse(self, degree: int, shape: Shape) -> float:
-        latency = self._kinds[shape.recomputed].latency_seconds[degree]
-        return shape.seconds - self._problem.overhead_seconds - latency
 
     def _best_open(self, sequence: int, widest: int | None) -> int:
         """The open group to add a sequence to, or -1."""
@@ -174,34 +185,83 @@ class _Rounds:
         best = int(keys.argmin())
         return -1 if unfit[best] else best
 
-    def _opening(self, sequence: int) -> tuple[int, int]:
-        """Degree (as an index) and round of the cheapest new group for a sequence; round -1 if there is none."""
-        best, answer = float("inf"), (0, -1)
-        for number, admitted in enumerate(self._admitted):
-            seconds = self._kinds[self._shapes[number].recomputed].sequence_seconds
-            for index, degree in enumerate(self._problem.degrees):
-                if degree > self._ranks_left[number]:
-                    break
-                if sequence < admitted[index]:
-                    cost = degree * seconds[degree][sequence]
-                    # Equal cost: the round with the most ranks left for it.
-                    if (cost, -self._ranks_left[number]) < (best, -self._ranks_left[answer[1]]):
-                        best, answer = cost, (index, number)
-                    break
-        return answer
-
     def _open(self, index: int, number: int) -> int:
         degree, group, shape = self._problem.degrees[index], self._count, self._shapes[number]
         self._count += 1
         self._tokens_left[group] = self._kinds[shape.recomputed].pack_tokens(degree)
-        self._seconds_left[group] = self._purse(degree, shape)
+        self._seconds_left[group] = _work_seconds(self._kinds[shape.recomputed], degree, shape)
         self._columns[group] = index + len(self._problem.degrees) * shape.recomputed
         self._degrees[group] = degree
         self._narrow_first[group] = index * 2.0 * self._longest
         self._members.append([])
         self._round_of.append(number)
-        self._ranks_left[number] -= degree
+        self._openings.take(number, degree)
         return group
+
+
+class _Openings:
+    """Where a further group may be opened, for ever shorter sequences.
+
+    In each round a group is opened on the narrowest degree that could take the sequence, if it has the ranks left. That
+    degree becomes narrower as sequences become shorter. So rounds wait in one heap for each degree, move on to those of
+    narrower ones, and of each heap only the round with the most ranks left needs to be looked at.
+    """
+
+    def __init__(self, problem: Problem, shapes: Sequence[Shape]) -> None:
+        self._problem, self._shapes = problem, shapes
+        self._ranks_left = [problem.domain_size] * len(shapes)
+        self._narrowest = [len(problem.degrees)] * len(shapes)
+        self._waiting: dict[tuple[bool, int], list[tuple[int, int]]] = {}
+        # How many sequences, from the shortest, each round can take on each degree; what comes first stands last.
+        self._coming = sorted(
+            (_fitting(problem.of(shape.recomputed), degree, shape), index, number)
+            for number, shape in enumerate(shapes)
+            for index, degree in enumerate(problem.degrees)
+        )
+
+    def cheapest(self, sequence: int) -> tuple[int, int] | None:
+        """Degree (as an index) and round of the group that costs the fewest rank-seconds; None if there is none.
+
+        Of equal cost is the round with the most ranks left, and then the first.
+        """
+        while self._coming and self._coming[-1][0] > sequence:
+            _, index, number = self._coming.pop()
+            if index < self._narrowest[number]:
+                self._narrowest[number] = index
+                self._wait(number)
+        best = (math.inf, 0, 0, 0)
+        for (recomputed, index), waiting in self._waiting.items():
+            while waiting and not self._is_up_to_date(*waiting[0], index):
+                heappop(waiting)
+            degree = self._problem.degrees[index]
+            if waiting and degree <= -waiting[0][0]:
+                seconds = self._problem.of(recomputed).sequence_seconds[degree][sequence]
+                best = min(best, (degree * seconds, *waiting[0], index))
+        return None if best[0] == math.inf else (best[3], best[2])
+
+    def take(self, number: int, ranks: int) -> None:
+        """Take ranks from a round."""
+        self._ranks_left[number] -= ranks
+        self._wait(number)
+
+    def _is_up_to_date(self, negative_ranks: int, number: int, index: int) -> bool:
+        """Whether a round still has so many ranks and has not moved on to a narrower degree."""
+        return self._ranks_left[number] == -negative_ranks and self._narrowest[number] == index
+
+    def _wait(self, number: int) -> None:
+        key = (self._shapes[number].recomputed, self._narrowest[number])
+        heappush(self._waiting.setdefault(key, []), (-self._ranks_left[number], number))
+
+
+def _fitting(kind: Problem, degree: int, shape: Shape) -> int:
+    """How many sequences, from the shortest, an empty group can take, one at a time."""
+    in_time = bisect_right(kind.sequence_seconds[degree], _work_seconds(kind, degree, shape))
+    return min(bisect_right(kind.tokens, kind.pack_tokens(degree)), in_time)
+
+
+def _work_seconds(kind: Problem, degree: int, shape: Shape) -> float:
+    """What a group has for its sequences."""
+    return shape.seconds - kind.overhead_seconds - kind.latency_seconds[degree]
 
 
 def micro_batches_of(problem: Problem, rounds: list[Round]) -> tuple[MicroBatch, ...]:

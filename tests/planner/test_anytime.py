@@ -40,6 +40,27 @@ def test_time_limit_is_kept(model, schedule):
     assert time.process_time() - started < 1.5 * limit_seconds
 
 
+@pytest.mark.parametrize("limit_seconds", [0, 0.3])
+def test_time_limit_is_kept_where_few_ranks_run_hundreds_of_rounds(model, limit_seconds):
+    lengths = lognormal(4096, median=600, sigma=1.0).clip(max=8192)
+    started = time.process_time()
+    made = plan(
+        lengths, model, 4, schedule="lockstep", token_capacity=4096, degrees=[1, 2], time_limit_seconds=limit_seconds
+    )
+    assert time.process_time() - started < 0.2 + 1.5 * limit_seconds
+    made.validate(lengths, 4096)
+    assert len(made.micro_batches_of_rank(0)) > 200
+
+
+def test_hundreds_of_rounds_take_no_longer_without_a_limit_than_other_batches(model):
+    lengths = lognormal(1024, median=600, sigma=1.0).clip(max=8192)
+    started = time.process_time()
+    made = plan(lengths, model, 2, schedule="lockstep", token_capacity=4096)
+    assert time.process_time() - started < 10  # once 83 s
+    made.validate(lengths, 4096)
+    assert made.predicted_seconds <= 1.05 * made.lower_bound_seconds
+
+
 @pytest.mark.parametrize("pipeline_stages", [1, 4, 16])
 def test_the_lockstep_bound_takes_no_time_where_any_number_of_rounds_may_be_best(model, pipeline_stages):
     # Next to no overhead: thousands of rounds cost hardly more than a few, and drain a pipeline sooner.
