@@ -35,7 +35,7 @@ class Problem:
     """Degrees that may be used, narrowest first."""
 
     tokens_per_rank: int
-    """What a rank's slice may hold: the token capacity, cut down to a multiple of the slice multiple."""
+    """What a slice may hold: the token capacity, or the batch if it is less, as a multiple of the slice multiple."""
 
     recomputed_tokens_per_rank: int | None
     """The same where activations are recomputed; None: nowhere."""
@@ -187,7 +187,9 @@ def make_problem(
             "every slice is padded to a multiple of",
             "raise `token_capacity`",
         )
-    tokens_per_rank = capacity - capacity % slice_multiple
+    # No slice holds more than the whole batch, padded: greater capacities change nothing, and might overflow.
+    most_tokens = -(-int(tokens.sum()) // slice_multiple) * slice_multiple
+    tokens_per_rank = min(capacity - capacity % slice_multiple, most_tokens)
     recomputed_tokens_per_rank = None
     if recomputed_token_capacity is not None:
         recomputed = _count("recomputed_token_capacity", recomputed_token_capacity)
@@ -197,7 +199,7 @@ def make_problem(
                 "kept, so nothing is gained",
                 "raise `recomputed_token_capacity`, or don't recompute",
             )
-        recomputed_tokens_per_rank = recomputed - recomputed % slice_multiple
+        recomputed_tokens_per_rank = min(recomputed - recomputed % slice_multiple, most_tokens)
     if recomputed_tokens_per_rank is None:
         _check_longest(tokens, allowed, tokens_per_rank, "token_capacity")
     else:
@@ -255,6 +257,8 @@ def _checked_degrees(degrees: Iterable[int] | None, cost_model: CostModel, domai
     if degrees is None:
         priced = {1, *cost_model.exchange_bandwidth_bytes_per_second}
         return tuple(degree for degree in legal_degrees(domain_size) if degree in priced)
+    if not isinstance(degrees, Iterable):
+        raise FlexSPError(f"degrees is {degrees!r}; expected several whole numbers", f"pass `[{degrees!r}]`")
     asked = tuple(sorted({_count("a degree", degree) for degree in degrees}))
     if not asked:
         raise FlexSPError("degrees is empty", "name at least one, or leave it out to allow all of them")

@@ -101,6 +101,23 @@ def test_capacity_given_directly_wins_over_the_memory_model(simple_model):
         plan([150], model, domain_size=1)
 
 
+@pytest.mark.parametrize("schedule", ["nested", "lockstep", "static", "batch-adaptive"])
+@pytest.mark.parametrize("slice_multiple", [1, 16])
+def test_a_capacity_beyond_the_batch_changes_nothing(simple_model, schedule, slice_multiple):
+    lengths = np.random.default_rng(0).integers(1, 200, 40)
+
+    def planned(capacity, model=simple_model, **recomputed):
+        found = plan(
+            lengths, model, 4, schedule=schedule, token_capacity=capacity, slice_multiple=slice_multiple, **recomputed
+        )
+        found.validate(lengths, capacity or model.token_capacity, slice_multiple=slice_multiple, **recomputed)
+        return found.digest()
+
+    assert planned(1 << 62) == planned(1 << 40) == planned(int(lengths.sum()) + slice_multiple)
+    assert planned(None, replace(simple_model, activation_bytes_per_token=1e-9)) == planned(1 << 40)
+    assert planned(1 << 20, recomputed_token_capacity=1 << 62) == planned(1 << 20, recomputed_token_capacity=1 << 40)
+
+
 def test_the_whole_domain_is_a_block_of_any_size(simple_model):
     model = replace(simple_model, exchange_bandwidth_bytes_per_second={3: 4.0})
     found = plan([290], model, domain_size=3)
@@ -168,6 +185,7 @@ def test_many_sequences_are_planned_in_seconds(published_7b):
         ({"time_limit_seconds": -1}, "time_limit_seconds is -1"),
         ({"time_limit_seconds": float("nan")}, "time_limit_seconds is nan"),
         ({"degrees": []}, "degrees is empty"),
+        ({"degrees": 8}, r"degrees is 8; expected several whole numbers. Pass `\[8\]`"),
         ({"degrees": [3]}, "degree 3 does not exist in a domain of 4 ranks; it has 1, 2, 4"),
         ({"degrees": [8]}, "degree 8 does not exist"),
         ({"degrees": [8], "domain_size": 8}, "no exchange_bandwidth_bytes_per_second for degree 8"),
