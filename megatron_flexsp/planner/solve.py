@@ -17,13 +17,16 @@ from megatron_flexsp.planner.lockstep import in_order, search_rounds
 from megatron_flexsp.planner.nested_bound import nested_bound_seconds
 from megatron_flexsp.planner.packing import path_seconds, with_fillers
 from megatron_flexsp.planner.plans import MicroBatch, Plan
-from megatron_flexsp.planner.problem import Problem, make_problem
-from megatron_flexsp.planner.rounds import micro_batches_of
+from megatron_flexsp.planner.problem import FAR, Problem, make_problem
+from megatron_flexsp.planner.rounds import Round, micro_batches_of
 from megatron_flexsp.planner.search import search_degrees
 from megatron_flexsp.planner.timing import step_seconds
 
 ASKABLE_SCHEDULES = ("auto", *SCHEDULES, "batch-adaptive")
 """What ``plan`` takes as a schedule; ``auto`` and ``batch-adaptive`` choose among those that plans name."""
+
+_MOST_SEQUENCES_BY_ROUNDS = 128
+"""For which a search for rounds takes some tenths of a second."""
 
 
 def plan(
@@ -170,12 +173,31 @@ def _as_it_stands(problem: Problem, bound_seconds: float, deadline: float, seed:
     """A nested plan of the problem, and its step before ``_with_endings``."""
     found, is_cut_short = search_degrees(problem, bound_seconds, deadline, seed)
     items, seconds, is_complete = found.micro_batches, found.seconds, False
+    if not is_cut_short and _is_worth_a_look_at_rounds(problem, seconds, bound_seconds):
+        rounds, _, is_cut_short = search_rounds(problem, bound_seconds, deadline, seed)
+        by_rounds = _nested_from_rounds(problem, rounds)
+        seconds_by_rounds = path_seconds(problem, by_rounds)
+        if seconds_by_rounds < seconds:
+            items, seconds = by_rounds, seconds_by_rounds
     if is_tiny(problem) and seconds > bound_seconds:
         better, is_complete = best_nested(problem, seconds, deadline)
         if better is not None:
             items = with_fillers(problem, better)
             seconds = path_seconds(problem, items)
     return _Answer(items, bound_seconds, is_complete, is_cut_short), seconds
+
+
+def _is_worth_a_look_at_rounds(problem: Problem, seconds: float, bound_seconds: float) -> bool:
+    """Whether the search for lockstep rounds, which packs differently, may find better nested micro-batches soon."""
+    if problem.recomputed_tokens_per_rank is not None or problem.pipeline_stages > 1:
+        return False
+    return len(problem.tokens) <= _MOST_SEQUENCES_BY_ROUNDS and seconds > bound_seconds * (1 + FAR)
+
+
+def _nested_from_rounds(problem: Problem, rounds: list[Round]) -> tuple[MicroBatch, ...]:
+    """The micro-batches of lockstep rounds, the widest first. Nobody waits for a round's slowest group any more."""
+    holding = [item for item in micro_batches_of(problem, rounds) if not item.is_filler]
+    return with_fillers(problem, sorted(holding, key=lambda item: -item.degree))
 
 
 def _lockstep(problem: Problem, deadline: float, seed: int) -> _Answer:

@@ -247,3 +247,23 @@ def test_where_most_tokens_need_wide_groups_nested_plans_are_no_worse_than_one_d
     lengths = np.minimum(np.random.default_rng(seed).lognormal(np.log(12000), 1, 64).astype(int) + 1, 32768)
     nested, alone = (plan(lengths, model, domain_size=64, schedule=name) for name in ("nested", "batch-adaptive"))
     assert nested.predicted_seconds <= alone.predicted_seconds * 1.002
+
+
+def test_a_small_batch_with_a_huge_sequence_is_no_worse_than_in_lockstep():
+    # 15,653 of 37,807 tokens are one sequence, which four of the eight ranks must share.
+    lengths = [15653, 5741, 3571, 1900, 1186, 1166, 1085, 1067, 964, 613, 607, 600]
+    lengths += [549, 540, 424, 412, 359, 347, 340, 267, 190, 114, 74, 38]
+    cost_model = CostModel(
+        memory_budget_bytes=4096,
+        model_state_bytes=0,
+        activation_bytes_per_token=1,
+        attention_seconds_per_token_squared=7.3e-9,
+        linear_seconds_per_token=1e-4,
+        micro_batch_overhead_seconds=0.01,
+        exchange_bytes_per_token=2e6,
+        exchange_bandwidth_bytes_per_second={2: 2.66e11, 4: 3.3e10, 8: 3.3e10},
+        exchange_latency_seconds={2: 0.004, 4: 0.008, 8: 0.016},
+    )
+    nested = plan(lengths, cost_model, 8)
+    nested.validate(lengths, cost_model.token_capacity)
+    assert nested.predicted_seconds <= plan(lengths, cost_model, 8, schedule="lockstep").predicted_seconds
