@@ -31,7 +31,7 @@ from megatron_flexsp.megatron import training as flexsp_training
 from megatron_flexsp.megatron.batches import PlannedBatch
 from megatron_flexsp.megatron.context import Context
 from megatron_flexsp.megatron.step_log import log_step
-from megatron_flexsp.planner import Plan, micro_batch_seconds, padding_share
+from megatron_flexsp.planner import Plan, micro_batch_seconds, narrowest_degree, padding_share
 from megatron_flexsp.planner.service import PendingPlan, PlanningService, PlanRequest
 
 ALWAYS_RECOMPUTED = "static-recompute"
@@ -140,9 +140,13 @@ def request_for(schedule: str, request: PlanRequest) -> PlanRequest:
         request = replace(request, recomputed_token_capacity=None)
     static_degree = None
     if name == "static":
-        longest = get_args().seq_length
-        degrees = request.options["degrees"]
-        static_degree = next(degree for degree in degrees if degree * request.token_capacity >= longest)
+        static_degree = narrowest_degree(
+            request.options["degrees"],
+            get_args().seq_length,
+            request.token_capacity,
+            slice_multiple=request.slice_multiple,
+            static_domain_size=request.domain_size,
+        )
     return replace(request, options={**request.options, "schedule": name, "static_degree": static_degree})
 
 

@@ -17,14 +17,14 @@ from megatron_flexsp.doctor.inside import Request
 from megatron_flexsp.errors import FlexSPError, named_by_flags
 from megatron_flexsp.megatron.arguments import PLANNER_FLAGS, Settings
 from megatron_flexsp.megatron.context import (
-    narrowest_degree,
+    degree_for_longest,
     plan_request,
     recomputed_token_capacity,
     token_capacity,
 )
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.provenance import check_same_job, installed_versions
-from megatron_flexsp.planner import CostModel
+from megatron_flexsp.planner import CostModel, narrowest_degree, usable_capacity
 from megatron_flexsp.planner.service import PlanRequest
 from megatron_flexsp.profiler.record import check_writable
 
@@ -115,7 +115,7 @@ def examine_capacity(
     except FlexSPError as problem:
         yield refused("capacity", problem)
         return
-    per_slice = most // settings.slice_multiple * settings.slice_multiple
+    per_slice = usable_capacity(most, settings.slice_multiple)
     widest = max(settings.degrees, default=1)
     holds = f"{capacity:,} tokens a rank and micro-batch"
     if settings.recompute:
@@ -129,7 +129,7 @@ def examine_capacity(
         longest = min(longest, int(corpus.sequences.max()))
     name = "--flexsp-samples packed" if corpus is None else corpus.name
     try:
-        narrowest = narrowest_degree(settings, most, longest, name)
+        narrowest = degree_for_longest(settings, most, longest, name)
     except FlexSPError as problem:
         yield refused("capacity", problem)
         return
@@ -198,9 +198,13 @@ def _static_requests(request: PlanRequest, longest: int) -> Iterator[tuple[str, 
     if request.recomputed_token_capacity is not None:
         ways.append((", all recomputed", request.always_recomputed()))
     for how, static in ways:
-        per_slice = static.token_capacity // static.slice_multiple * static.slice_multiple
-        for degree in static.options["degrees"]:
-            if static.domain_size % degree == 0 and longest <= degree * per_slice:
-                options = {**static.options, "schedule": "static", "static_degree": degree}
-                yield f"static groups of {degree}{how}", replace(static, options=options)
-                break
+        degree = narrowest_degree(
+            static.options["degrees"],
+            longest,
+            static.token_capacity,
+            slice_multiple=static.slice_multiple,
+            static_domain_size=static.domain_size,
+        )
+        if degree is not None:
+            options = {**static.options, "schedule": "static", "static_degree": degree}
+            yield f"static groups of {degree}{how}", replace(static, options=options)

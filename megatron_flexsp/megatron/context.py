@@ -20,7 +20,7 @@ from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.experts import adds_up_over_groups
 from megatron_flexsp.megatron.head_sizes import head_sizes
 from megatron_flexsp.megatron.plan_channel import PlanChannel
-from megatron_flexsp.planner import CostModel, first_ranks
+from megatron_flexsp.planner import CostModel, first_ranks, narrowest_degree, usable_capacity
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
 from megatron_flexsp.runtime import GroupPool, Hosts, ring_size_of
 from megatron_flexsp.runtime.block_attention import check_block_attention
@@ -96,7 +96,7 @@ def build_context(args: argparse.Namespace, settings: Settings, longest: int, lo
     cost_model = load_cost_model(args, settings, hosts)
     capacity = token_capacity(settings, cost_model)
     recomputed = recomputed_token_capacity(settings, cost_model, capacity)
-    narrowest = narrowest_degree(settings, recomputed or capacity, longest, longest_in)
+    narrowest = degree_for_longest(settings, recomputed or capacity, longest, longest_in)
     domain_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     is_static = settings.schedule == "static" and settings.profile is None
     used = (narrowest,) if is_static else settings.degrees
@@ -217,7 +217,7 @@ def plan_request(settings: Settings, cost_model: CostModel, capacity: int, narro
     )
 
 
-def narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in: str) -> int:
+def degree_for_longest(settings: Settings, capacity: int, longest: int, longest_in: str) -> int:
     """The fewest ranks that hold the longest sequence; where a plan has one degree they must divide the domain.
 
     ``capacity`` is the most that a rank can hold, recomputed where plans may do that.
@@ -227,13 +227,13 @@ def narrowest_degree(settings: Settings, capacity: int, longest: int, longest_in
     FlexSPError
         Where no group holds it.
     """
-    slice_capacity = capacity // settings.slice_multiple * settings.slice_multiple
     degrees = settings.degrees
     if settings.schedule in ("static", "batch-adaptive"):
         degrees = tuple(degree for degree in degrees if settings.domain_size % degree == 0)
-    for degree in degrees:
-        if longest <= degree * slice_capacity:
-            return degree
+    degree = narrowest_degree(degrees, longest, capacity, slice_multiple=settings.slice_multiple)
+    if degree is not None:
+        return degree
+    slice_capacity = usable_capacity(capacity, settings.slice_multiple)
     widest = max(degrees, default=1)
     capacity_flag, last_way_out = "--flexsp-max-tokens-per-rank", "or use more ranks"
     if settings.recompute:

@@ -16,7 +16,7 @@ from megatron_flexsp.megatron.batches import PlannedBatch, SliceReader
 from megatron_flexsp.megatron.context import Context
 from megatron_flexsp.megatron.measured_steps import StepRunner
 from megatron_flexsp.megatron.sequences import Sequences, SequenceSource
-from megatron_flexsp.planner import CostModel, Plan, step_seconds
+from megatron_flexsp.planner import CostModel, Plan, step_seconds, usable_capacity
 
 
 def repeated(seconds: Sequence[Sequence[float]], limit_seconds: float) -> list[int]:
@@ -141,7 +141,7 @@ class PlannedSteps:
             found = self._source.sequences([(begin + k) % total for k in range(size)], self._context.channel)
             begin += size
             most = self._recomputed_capacity or self._capacity
-            room = allowed[-1] * (most // settings.slice_multiple) * settings.slice_multiple
+            room = allowed[-1] * usable_capacity(most, settings.slice_multiple)
             fitting = found.chosen(found.lengths <= room)
             if len(fitting.lengths):
                 yield allowed, fitting

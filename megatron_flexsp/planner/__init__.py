@@ -6,6 +6,7 @@
 """
 
 from megatron_flexsp.planner.blocks import first_ranks, is_aligned_block, legal_degrees
+from megatron_flexsp.planner.capacity import narrowest_degree, usable_capacity
 from megatron_flexsp.planner.cost_model import CostModel
 from megatron_flexsp.planner.laws import PlanError, slice_tokens
 from megatron_flexsp.planner.plans import MicroBatch, Plan
@@ -25,9 +26,11 @@ __all__ = [
     "legal_degrees",
     "load_cost_model",
     "micro_batch_seconds",
+    "narrowest_degree",
     "padding_share",
     "plan",
     "preset_names",
     "slice_tokens",
     "step_seconds",
+    "usable_capacity",
 ]

@@ -119,8 +119,8 @@ def _work_bound(problem: Problem) -> float:
 def _longest_sequence_bound(problem: Problem) -> float:
     own = problem.pipeline_stages - 1  # with a pipeline, its micro-batch or a longer one counts so often more
     return min(
-        problem.opening_seconds(degree, 0, recomputed=(again := problem.is_recomputed(degree, -1)))
-        + own * (problem.overhead_seconds + problem.micro_batch_latency(degree, recomputed=again))
+        problem.opening_seconds(degree, 0, recomputed=(recomputed := problem.is_recomputed(degree, -1)))
+        + own * (problem.overhead_seconds + problem.micro_batch_latency(degree, recomputed=recomputed))
         + (1 + own) * problem.sequence_seconds[degree][-1]
         for degree in problem.degrees
         if problem.holds(degree, -1)

@@ -128,9 +128,8 @@ def make_classes(problem: Problem, most: int) -> Classes:
         return Classes(problem, np.arange(len(tokens)))
     sums = np.cumsum(tokens, dtype=np.float64)
     even = np.searchsorted(sums, np.linspace(0.0, sums[-1], most, endpoint=False)[1:])
-    packs = np.array(
-        [problem.pack_tokens(degree, recomputed=again) for degree in problem.degrees for again in (False, True)]
-    )
+    kinds = [(degree, recomputed) for degree in problem.degrees for recomputed in (False, True)]
+    packs = np.array([problem.pack_tokens(degree, recomputed=recomputed) for degree, recomputed in kinds])
     ends = np.searchsorted(tokens, np.concatenate([packs, packs // 2]), side="right")
     cuts = np.concatenate([[0, len(tokens) - 1], even, ends])
     return Classes(problem, np.unique(cuts[cuts < len(tokens)]))

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from megatron_flexsp.planner.bounds import least_rounds, lockstep_count_bounds
 from megatron_flexsp.planner.exchange import exchange
-from megatron_flexsp.planner.problem import FAR, Problem, degrees_that_pay
+from megatron_flexsp.planner.problem import GAP_WORTH_ANOTHER_SEARCH, Problem, degrees_that_pay
 from megatron_flexsp.planner.round_program import blast, plan_round
 from megatron_flexsp.planner.rounds import (
     Group,
@@ -76,7 +76,8 @@ def search_rounds(
     """
     found = _search(problem, bound_seconds, deadline, seed)
     paying = degrees_that_pay(problem)
-    if found.seconds > bound_seconds * (1 + FAR) and paying != problem.degrees and not found.is_late:
+    is_far = found.seconds > bound_seconds * (1 + GAP_WORTH_ANOTHER_SEARCH)
+    if is_far and paying != problem.degrees and not found.is_late:
         # As for nested plans (``search_degrees``): a pass takes the narrowest degree for the cheapest.
         other = _search(replace(problem, degrees=paying), bound_seconds, deadline, seed)
         found = min(other, found, key=lambda state: state.seconds)
@@ -240,8 +241,8 @@ def _scaled(problem: Problem, proportions: list[float], recomputed: list[bool], 
     overheads = problem.overhead_seconds * (len(proportions) + stages)
     share = max(0.0, step - overheads) / (sum(proportions) + stages * max(proportions))
     return [
-        Shape(problem.overhead_seconds + share * proportion, again)
-        for proportion, again in zip(proportions, recomputed, strict=True)
+        Shape(problem.overhead_seconds + share * proportion, is_recomputed)
+        for proportion, is_recomputed in zip(proportions, recomputed, strict=True)
     ]
 
 

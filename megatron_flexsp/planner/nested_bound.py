@@ -108,7 +108,7 @@ class _Prices:
 class Ranks:
     """What classes take of ranks of each kind, and what such ranks have.
 
-    Arrays are (kinds,), (purses, kinds), or (kinds, degrees, classes).
+    Arrays are (kinds,), (budgets, kinds), or (kinds, degrees, classes).
     """
 
     def __init__(self, classes: Classes, kinds: list[RankKind]) -> None:
@@ -117,7 +117,7 @@ class Ranks:
         self._counts = np.array([[kind.fewest for kind in kinds], [kind.most for kind in kinds]])
         latencies = np.array([problem.latency_seconds[degree] for degree in problem.degrees])
         allowed = np.array([[kind.degree in (None, degree) for degree in problem.degrees] for kind in kinds])
-        # Ranks of one degree have paid its latency when their purse is counted, the others pay for each slot.
+        # Ranks of one degree have paid its latency when their budget is counted, the others pay for each slot.
         of_one_degree = np.array([[kind.degree is not None] for kind in kinds])
         self._paid_latencies = np.where(allowed & of_one_degree, latencies, 0.0).sum(axis=1)
         self._slot_latencies = np.where(of_one_degree, 0.0, latencies)
@@ -125,7 +125,7 @@ class Ranks:
         before = (self._counts[0] - 1) * problem.overhead_seconds
         self._needed = np.where(allowed[:, :, None] & classes.holds, before[:, None, None] + own, np.inf)
 
-    def purses(self, step: float) -> tuple[Floats, Floats]:
+    def budgets(self, step: float) -> tuple[Floats, Floats]:
         """Slots and seconds that a rank has: those of its fewest and of its most micro-batches.
 
         Every other count lies between the two. Nothing where the step is too short for even the fewest.
@@ -154,7 +154,7 @@ class Ranks:
         slot_rows, second_rows = program.add_rows(num_kinds, upper=0.0), program.add_rows(num_kinds, upper=0.0)
         token_rows = program.add_rows(num_kinds * num_degrees, upper=0.0).reshape(num_kinds, num_degrees)
         exclusive_rows = program.add_rows(num_kinds * num_degrees, upper=0.0).reshape(num_kinds, num_degrees)
-        for slots, seconds in zip(*self.purses(step), strict=True):
+        for slots, seconds in zip(*self.budgets(step), strict=True):
             program.add_columns(np.ones(num_kinds), [(slot_rows, -slots), (second_rows, -seconds)])
         kind, degree = np.nonzero(fits.any(axis=2))
         used_slots: list[tuple[ArrayLike, ArrayLike]] = [
@@ -192,7 +192,7 @@ class Ranks:
         costs += prices.second[:, None, None] * classes.work
 
         def is_impossible(step: float) -> bool:
-            slots, seconds = self.purses(step)
+            slots, seconds = self.budgets(step)
             most = (slots * prices.slot + seconds * prices.second).max(axis=0)[:, None]
             cheapest = np.where(self._needed <= step, costs, np.inf).min(axis=1)
             # Where a kind's prices are all 0, its ranks take what they have room for at no cost.

@@ -12,10 +12,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner.blocks import is_legal_degree, legal_degrees
+from megatron_flexsp.planner.capacity import usable_capacity
 from megatron_flexsp.planner.cost_model import CostModel
 
-FAR = 0.05
-"""A share of the bound by which a plan lies above it that makes planning with ``degrees_that_pay`` alone worth it."""
+GAP_WORTH_ANOTHER_SEARCH = 0.05
+"""A plan that lies further above its bound, as a share of the bound, is worth searching again by other means."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def make_problem(
         )
     # No slice holds more than the whole batch, padded: greater capacities change nothing, and might overflow.
     most_tokens = -(-int(tokens.sum()) // slice_multiple) * slice_multiple
-    tokens_per_rank = min(capacity - capacity % slice_multiple, most_tokens)
+    tokens_per_rank = min(usable_capacity(capacity, slice_multiple), most_tokens)
     recomputed_tokens_per_rank = None
     if recomputed_token_capacity is not None:
         recomputed = _count("recomputed_token_capacity", recomputed_token_capacity)
@@ -199,7 +200,7 @@ def make_problem(
                 "kept, so nothing is gained",
                 "raise `recomputed_token_capacity`, or don't recompute",
             )
-        recomputed_tokens_per_rank = min(recomputed - recomputed % slice_multiple, most_tokens)
+        recomputed_tokens_per_rank = min(usable_capacity(recomputed, slice_multiple), most_tokens)
     if recomputed_tokens_per_rank is None:
         _check_longest(tokens, allowed, tokens_per_rank, "token_capacity")
     else:
@@ -208,10 +209,12 @@ def make_problem(
     in_order = tokens[positions]
     with np.errstate(over="ignore"):
         seconds = {degree: cost_model.sequence_seconds(in_order, degree) for degree in allowed}
-        again = {}
+        recomputed_seconds = {}
         if recomputed_tokens_per_rank is not None:
-            again = {degree: cost_model.sequence_seconds(in_order, degree, recomputed=True) for degree in allowed}
-        for degree, row in again.items():
+            recomputed_seconds = {
+                degree: cost_model.sequence_seconds(in_order, degree, recomputed=True) for degree in allowed
+            }
+        for degree, row in recomputed_seconds.items():
             seconds[degree] = np.where(in_order > degree * tokens_per_rank, row, seconds[degree])
     if not np.isfinite(sum(row.sum() for row in seconds.values())):
         raise FlexSPError("the cost model's constants give no finite time for this batch", "correct them")
@@ -228,7 +231,7 @@ def make_problem(
         latency_seconds={degree: cost_model.latency_seconds(degree) for degree in allowed},
         recomputing_seconds={degree: cost_model.recomputing_seconds(degree) for degree in allowed},
         sequence_seconds={degree: row.tolist() for degree, row in seconds.items()},
-        recomputed_seconds={degree: row.tolist() for degree, row in again.items()},
+        recomputed_seconds={degree: row.tolist() for degree, row in recomputed_seconds.items()},
     )
 
 

@@ -34,10 +34,10 @@ def degrees_of_recomputed(
     tokens = problem.tokens_array[first:]
     if not tokens.size:
         return {}
-    kept, again = np.full((2, len(problem.degrees), tokens.size), np.inf)
+    kept_costs, recomputed_costs = np.full((2, len(problem.degrees), tokens.size), np.inf)
     for row, degree in enumerate(problem.degrees):
         seconds = problem.seconds_arrays[degree][first:]
-        for recomputed, costs in ((False, kept), (True, again)):
+        for recomputed, costs in ((False, kept_costs), (True, recomputed_costs)):
             room = problem.pack_tokens(degree, recomputed=recomputed)
             opening = problem.overhead_seconds + problem.micro_batch_latency(degree, recomputed=recomputed)
             # A sequence pays for the part of its micro-batch that it fills.
@@ -47,11 +47,12 @@ def degrees_of_recomputed(
             )
             is_so = (tokens > problem.pack_tokens(degree)) == recomputed
             costs[row] = np.where(is_so & (tokens <= room) & in_time, cost, np.inf)
-    cheapest_kept, cheapest_again, best = kept.min(axis=0), again.min(axis=0), again.argmin(axis=0)
+    cheapest_kept, cheapest_recomputed = kept_costs.min(axis=0), recomputed_costs.min(axis=0)
+    best = recomputed_costs.argmin(axis=0)
     is_needed = np.isinf(cheapest_kept)
-    if (is_needed & np.isinf(cheapest_again)).any():
+    if (is_needed & np.isinf(cheapest_recomputed)).any():
         return None
     pays = is_needed
     if price < np.inf:
-        pays = pays | (cheapest_again * price < cheapest_kept)
+        pays = pays | (cheapest_recomputed * price < cheapest_kept)
     return {first + int(index): problem.degrees[best[index]] for index in np.flatnonzero(pays)}

@@ -163,7 +163,7 @@ def _choose_groups(
     problem: Problem, buckets: list[list[int]], target: float, time_limit_seconds: float, seed: int
 ) -> _Counts | None:
     """The groups that need the fewest ranks for the target, a bucket counting as its mean; None if too many."""
-    if not any(_purse(problem, degree, target) > 0 for degree in problem.degrees):
+    if not any(_budget_seconds(problem, degree, target) > 0 for degree in problem.degrees):
         return None
     program = LinearProgram()
     tokens = [float(problem.tokens_array[bucket].mean()) for bucket in buckets]
@@ -171,17 +171,17 @@ def _choose_groups(
     ranks = program.add_row(upper=problem.domain_size)
     groups, amounts = {}, {}
     for degree in problem.degrees:
-        purse = _purse(problem, degree, target)
+        budget_seconds = _budget_seconds(problem, degree, target)
         pack_tokens = problem.pack_tokens(degree)
-        if purse <= 0:
+        if budget_seconds <= 0:
             continue
         seconds = problem.seconds_arrays[degree]
         ends, holds = program.add_row(upper=0.0), program.add_row(upper=0.0)
-        entries = [(ranks, float(degree)), (ends, -purse), (holds, -float(pack_tokens))]
+        entries = [(ranks, float(degree)), (ends, -budget_seconds), (holds, -float(pack_tokens))]
         most = problem.domain_size // degree
         groups[degree] = int(program.add_columns(float(degree), entries, upper=most, is_integer=True)[0])
         for number, bucket in enumerate(buckets):
-            if problem.tokens[bucket[-1]] <= pack_tokens and seconds[bucket[-1]] <= purse:
+            if problem.tokens[bucket[-1]] <= pack_tokens and seconds[bucket[-1]] <= budget_seconds:
                 entries = [(placed[number], 1.0), (ends, float(seconds[bucket].mean())), (holds, tokens[number])]
                 column = program.add_columns(0.0, entries, upper=len(bucket), is_integer=True)
                 amounts[number, degree] = int(column[0])
@@ -194,7 +194,7 @@ def _choose_groups(
     )
 
 
-def _purse(problem: Problem, degree: int, target: float) -> float:
+def _budget_seconds(problem: Problem, degree: int, target: float) -> float:
     """Seconds that a group of the degree has for work."""
     return target - problem.overhead_seconds - problem.latency_seconds[degree]
 

@@ -8,26 +8,32 @@ from dataclasses import replace
 from megatron_flexsp.planner.bounds import simple_bound_seconds
 from megatron_flexsp.planner.packing import ANY_TIME_LEFT, Packing, Rules, pack
 from megatron_flexsp.planner.pipeline_rules import pipeline_rules
-from megatron_flexsp.planner.problem import FAR, Problem, degrees_that_pay
+from megatron_flexsp.planner.problem import GAP_WORTH_ANOTHER_SEARCH, Problem, degrees_that_pay
 
 _FIXED_RULES = (
+    # For mixtures of a few huge sequences and many short ones: wide blocks keep time for whole packs of short ones.
     Rules(open_on="aligned", reserve_share=0.95, top_up_below_overheads=ANY_TIME_LEFT, top_up_at_any_price=False),
+    # The same where huge sequences are so many that blocks had better be filled one by one: code repositories.
     Rules(open_on="fullest", reserve_share=0.95, top_up_below_overheads=ANY_TIME_LEFT, top_up_at_any_price=False),
+    # Where most sequences are a fair part of a pack and narrow packs won't get full: documents of middling length.
     Rules(full_share=0.95, top_up_below_overheads=ANY_TIME_LEFT, top_up_to_alignment=True, top_up_at_any_price=False),
+    # For mostly short documents: wide micro-batches are topped up only where their ranks have no time for another one.
     Rules(top_up_below_overheads=1.25),
+    # For few ranks: wide micro-batches take all that they can, since a further one's overhead weighs much.
     Rules(top_up_below_overheads=ANY_TIME_LEFT),
+    # For cheap overheads and middling lengths: between the first and the one above.
     Rules(open_on="aligned", reserve_share=0.8, top_up_below_overheads=ANY_TIME_LEFT),
-    Rules(full_share=0.95, top_up_below_overheads=ANY_TIME_LEFT, open_on="fullest", top_up_at_any_price=False),
-    Rules(full_share=0.95, top_up_below_overheads=1.25, top_up_to_alignment=True),
 )
+"""Each is the best for some data: leaving one out made plans of that sort 0.1 to 1.2 % longer on average."""
+
 _CLOSE_ENOUGH = 4e-3
 """A share of the bound within which no further pass is worth its time."""
 
-_VERY_FAR = 0.1
-"""A share of the bound above it that makes it worth leaving all degrees but one out, without a look at it."""
+_GAP_WORTH_EACH_DEGREE = 0.1
+"""A plan that lies further above its bound, as a share of the bound, is worth a search with each degree alone."""
 
-_WITHIN_REACH = 0.03
-"""A share of a pass's time that a search mostly gains on it."""
+_GAINED_BY_A_SEARCH = 0.03
+"""What a search mostly takes off its first pass. A degree is searched alone if a pass comes so near to the best."""
 
 _RECOMPUTING_PRICES = (0.9, 1.0, 1.0, 1.0, 1.1, 1.3, math.inf)
 
@@ -125,10 +131,10 @@ def _may_be_better(problem: Problem, best_seconds: float, bound_seconds: float) 
     if problem.pipeline_stages > 1 and best_seconds <= pipeline_rules(problem)[0].promised_seconds:
         return False
     if len(problem.degrees) > 1:
-        return best_seconds > bound_seconds * (1 + FAR)
-    if best_seconds > bound_seconds * (1 + _VERY_FAR):
+        return best_seconds > bound_seconds * (1 + GAP_WORTH_ANOTHER_SEARCH)
+    if best_seconds > bound_seconds * (1 + _GAP_WORTH_EACH_DEGREE):
         return True
-    return pack(problem, best_seconds * (1 + _WITHIN_REACH), Rules()) is not None
+    return pack(problem, best_seconds * (1 + _GAINED_BY_A_SEARCH), Rules()) is not None
 
 
 class _Search:

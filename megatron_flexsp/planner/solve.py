@@ -17,7 +17,7 @@ from megatron_flexsp.planner.lockstep import in_order, search_rounds
 from megatron_flexsp.planner.nested_bound import nested_bound_seconds
 from megatron_flexsp.planner.packing import path_seconds, with_fillers
 from megatron_flexsp.planner.plans import MicroBatch, Plan
-from megatron_flexsp.planner.problem import FAR, Problem, make_problem
+from megatron_flexsp.planner.problem import GAP_WORTH_ANOTHER_SEARCH, Problem, make_problem
 from megatron_flexsp.planner.rounds import Round, micro_batches_of
 from megatron_flexsp.planner.search import search_degrees
 from megatron_flexsp.planner.timing import step_seconds
@@ -161,12 +161,12 @@ def _nested(problem: Problem, deadline: float, seed: int) -> _Answer:
     least_seconds, can_pay = min(answer.bound_seconds, bound_seconds), bound_seconds < seconds
     if not can_pay or answer.is_cut_short:
         return replace(answer, bound_seconds=least_seconds, is_best=answer.is_best and not can_pay)
-    again, seconds_again = _as_it_stands(whole, bound_seconds, deadline, seed)
-    is_best = answer.is_best and again.is_best
-    if seconds_again < seconds:
-        items = tuple(replace(item, recomputed=not item.is_filler) for item in again.micro_batches)
-        answer = replace(again, micro_batches=items)
-    return replace(answer, bound_seconds=least_seconds, is_best=is_best, is_cut_short=again.is_cut_short)
+    recomputed, recomputed_seconds = _as_it_stands(whole, bound_seconds, deadline, seed)
+    is_best = answer.is_best and recomputed.is_best
+    if recomputed_seconds < seconds:
+        items = tuple(replace(item, recomputed=not item.is_filler) for item in recomputed.micro_batches)
+        answer = replace(recomputed, micro_batches=items)
+    return replace(answer, bound_seconds=least_seconds, is_best=is_best, is_cut_short=recomputed.is_cut_short)
 
 
 def _as_it_stands(problem: Problem, bound_seconds: float, deadline: float, seed: int) -> tuple[_Answer, float]:
@@ -191,7 +191,7 @@ def _is_worth_a_look_at_rounds(problem: Problem, seconds: float, bound_seconds: 
     """Whether the search for lockstep rounds, which packs differently, may find better nested micro-batches soon."""
     if problem.recomputed_tokens_per_rank is not None or problem.pipeline_stages > 1:
         return False
-    return len(problem.tokens) <= _MOST_SEQUENCES_BY_ROUNDS and seconds > bound_seconds * (1 + FAR)
+    return len(problem.tokens) <= _MOST_SEQUENCES_BY_ROUNDS and seconds > bound_seconds * (1 + GAP_WORTH_ANOTHER_SEARCH)
 
 
 def _nested_from_rounds(problem: Problem, rounds: list[Round]) -> tuple[MicroBatch, ...]:

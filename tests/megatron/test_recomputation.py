@@ -11,7 +11,7 @@ import pytest
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron.arguments import check_compatibility, check_flags, settings_from_args
-from megatron_flexsp.megatron.context import narrowest_degree, recomputed_token_capacity
+from megatron_flexsp.megatron.context import degree_for_longest, recomputed_token_capacity
 from megatron_flexsp.megatron.recomputation import check_release, each_layer_recomputed
 from megatron_flexsp.planner import CostModel
 from tests.megatron.test_arguments import cost_model_file
@@ -140,9 +140,9 @@ class TestCapacity:
             ({"recompute": True}, "raise --flexsp-max-recomputed-tokens-per-rank .*, or use more ranks$"),
         ):
             settings: Any = SimpleNamespace(**{**values, **given})
-            assert narrowest_degree(settings, 10, 20, "data") == 2
+            assert degree_for_longest(settings, 10, 20, "data") == 2
             with pytest.raises(FlexSPError, match=f"2 ranks with 10 tokens each, 20 in all.* {way_out}"):
-                narrowest_degree(settings, 10, 21, "data")
+                degree_for_longest(settings, 10, 21, "data")
 
 
 class TestMegatron:
