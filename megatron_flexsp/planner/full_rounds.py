@@ -14,18 +14,9 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner.cost_model import CostModel
 from megatron_flexsp.planner.laws import rounds
 from megatron_flexsp.planner.plans import MicroBatch, Plan
+from megatron_flexsp.planner.rounds import Group, Round
 from megatron_flexsp.planner.service import PlanRequest
 from megatron_flexsp.planner.timing import step_seconds
-
-
-@dataclass(frozen=True)
-class _Group:
-    degree: int
-    sequences: tuple[int, ...]
-    """Never empty."""
-
-
-_Round = tuple[_Group, ...]
 
 
 def without_fillers(
@@ -98,11 +89,12 @@ class FullRoundsRequest(PlanRequest):
         return full
 
 
-def _holding(members: Iterable[MicroBatch]) -> _Round:
-    return tuple(_Group(item.degree, item.sequences) for item in members if not item.is_filler)
+def _holding(members: Iterable[MicroBatch]) -> Round:
+    """The groups of a round that hold sequences."""
+    return tuple(Group(item.degree, item.sequences) for item in members if not item.is_filler)
 
 
-def _on_blocks(groups: _Round) -> list[MicroBatch]:
+def _on_blocks(groups: Round) -> list[MicroBatch]:
     """Widest first, which puts every power of two on an aligned block."""
     items, first = [], 0
     for group in sorted(groups, key=lambda group: -group.degree):
@@ -112,7 +104,7 @@ def _on_blocks(groups: _Round) -> list[MicroBatch]:
 
 
 class _Filling:
-    """What filling rounds takes: the batch, the degrees and what they cost."""
+    """What filling rounds takes: the batch, the degrees and what they cost. Groups name positions in the batch."""
 
     def __init__(
         self, domain_size: int, tokens: list[int], cost_model: CostModel, degrees: tuple[int, ...], token_capacity: int
@@ -126,14 +118,14 @@ class _Filling:
         }
         self._seconds = {degree: cost_model.sequence_seconds(tokens, degree).tolist() for degree in degrees}
 
-    def group_seconds(self, group: _Group) -> float:
+    def group_seconds(self, group: Group) -> float:
         row = self._seconds[group.degree]
         return float(self._opening[group.degree] + sum(row[sequence] for sequence in group.sequences))
 
-    def round_seconds(self, groups: _Round) -> float:
+    def round_seconds(self, groups: Round) -> float:
         return max(map(self.group_seconds, groups), default=0.0)
 
-    def spread(self, found: list[_Round]) -> list[_Round]:
+    def spread(self, found: list[Round]) -> list[Round]:
         """Part the longest rounds until none is empty."""
         found = list(found)
         while () in found:
@@ -151,7 +143,7 @@ class _Filling:
             found[longest], found[empty] = self._parted(found[longest])
         return found
 
-    def fill(self, groups: _Round) -> _Round:
+    def fill(self, groups: Round) -> Round:
         """The cheapest of what can be done, step by step, until no rank is left over."""
         merged = self._merged(groups)
         while free := self._domain_size - sum(group.degree for group in groups):
@@ -169,18 +161,18 @@ class _Filling:
             )
         return min(whole, key=self._price)
 
-    def _price(self, groups: _Round) -> tuple[float, float]:
+    def _price(self, groups: Round) -> tuple[float, float]:
         """Seconds of the round, and as a tie-break those that all ranks spend."""
         seconds = [self.group_seconds(group) for group in groups]
         return max(seconds), math.fsum(group.degree * each for group, each in zip(groups, seconds, strict=True))
 
-    def _parted(self, groups: _Round) -> tuple[_Round, _Round]:
+    def _parted(self, groups: Round) -> tuple[Round, Round]:
         """Two rounds out of one: its groups are shared out, or its one group's sequences."""
         if len(groups) == 1:
             (group,) = groups
             in_order = sorted(group.sequences, key=lambda sequence: -self._tokens[sequence])
-            return (_Group(group.degree, tuple(in_order[::2])),), (_Group(group.degree, tuple(in_order[1::2])),)
-        halves: tuple[list[_Group], list[_Group]] = ([], [])
+            return (Group(group.degree, tuple(in_order[::2])),), (Group(group.degree, tuple(in_order[1::2])),)
+        halves: tuple[list[Group], list[Group]] = ([], [])
         ranks = [0, 0]
         for group in sorted(groups, key=lambda group: -group.degree):
             half = 0 if ranks[0] <= ranks[1] else 1
@@ -188,20 +180,20 @@ class _Filling:
             ranks[half] += group.degree
         return tuple(halves[0]), tuple(halves[1])
 
-    def _merged(self, groups: _Round) -> _Round:
+    def _merged(self, groups: Round) -> Round:
         """One pack on the whole domain, if that is a group."""
         if self._domain_size not in self._degrees:
             return ()
-        return (_Group(self._domain_size, tuple(sequence for group in groups for sequence in group.sequences)),)
+        return (Group(self._domain_size, tuple(sequence for group in groups for sequence in group.sequences)),)
 
-    def _widened(self, groups: _Round, free: int) -> Iterable[_Round]:
+    def _widened(self, groups: Round, free: int) -> Iterable[Round]:
         """Each group on the next wider degree that the free ranks allow."""
         for index, group in enumerate(groups):
             wider = next((degree for degree in self._degrees if degree > group.degree), None)
             if wider is not None and wider - group.degree <= free:
-                yield (*groups[:index], _Group(wider, group.sequences), *groups[index + 1 :])
+                yield (*groups[:index], Group(wider, group.sequences), *groups[index + 1 :])
 
-    def _split(self, groups: _Round, free: int) -> Iterable[_Round]:
+    def _split(self, groups: Round, free: int) -> Iterable[Round]:
         """The longest or the shortest sequence of each pack of several in a group of its own."""
         for index, group in enumerate(groups):
             if len(group.sequences) == 1:
@@ -213,7 +205,7 @@ class _Filling:
                 rest = tuple(other for other in group.sequences if other != sequence)
                 yield (
                     *groups[:index],
-                    _Group(group.degree, rest),
-                    _Group(degree, (sequence,)),
+                    Group(group.degree, rest),
+                    Group(degree, (sequence,)),
                     *groups[index + 1 :],
                 )
