@@ -44,7 +44,7 @@ class LocalMicroBatch:
     layout: PackLayout
     positions: Tensor
     cu_seqlens: Tensor
-    """Of the whole pack, int32 ``[segments + 1]``: attention sees all of it."""
+    """Of the whole pack, as its layout has them: attention sees all of it."""
     tokens: Tensor | None
     labels: Tensor | None
     loss_mask: Tensor | None

@@ -120,8 +120,16 @@ class PackLayout:
 
     @cached_property
     def cu_seqlens(self) -> np.ndarray:
-        """Where in the pack each segment begins and the last one ends, int32 ``[segments + 1]``."""
-        return np.cumsum((0, *self.segment_lengths), dtype=np.int32)
+        """Where in the pack each segment begins and the last one ends, int32 ``[n + 1]``, n a power of two.
+
+        Empty segments fill it up: a kernel that is prepared for each number of segments, as cuDNN 9.24's is under
+        Transformer Engine 2.18 and newer, then meets few of them. Kernels for packs take empty segments; Megatron
+        fills up its own packs with them for CUDA graphs.
+        """
+        segments = len(self.segment_lengths)
+        bounds = np.full((1 << (segments - 1).bit_length()) + 1, self.padded_tokens, dtype=np.int32)
+        bounds[: segments + 1] = np.cumsum((0, *self.segment_lengths))
+        return bounds
 
     @cached_property
     def longest_segment(self) -> int:

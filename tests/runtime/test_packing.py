@@ -42,6 +42,15 @@ def test_slices_divide_by_the_tensor_parallel_size() -> None:
     assert layouts[1].positions.tolist() == [8, 0, 0, 0, 0, 0, 0, 0]
 
 
+def test_kernels_meet_few_numbers_of_segments() -> None:
+    layouts = [PackLayout((3,) * count, degree=1, member=0) for count in range(1, 200)]
+    for layout in layouts:
+        lengths = np.diff(layout.cu_seqlens)
+        segments = len(layout.lengths)
+        assert lengths[:segments].tolist() == list(layout.segment_lengths) and not lengths[segments:].any()
+    assert {len(layout.cu_seqlens) - 1 for layout in layouts} == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+
+
 def test_a_slice_may_hold_padding_alone() -> None:
     layouts = members((1,), degree=4)
     assert [layout.pieces for layout in layouts] == [(Piece(0, 0, 1),), (), (), ()]
