@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 
 from megatron_flexsp.megatron import experts
-from megatron_flexsp.megatron.head_sizes import attention_weights, head_sizes, latent_activations
+from megatron_flexsp.megatron.head_sizes import attention_weights, head_sizes, kept_apart, latent_activations
 from megatron_flexsp.planner import CostModel
 from megatron_flexsp.runtime import ring_size_of
 
@@ -68,11 +68,12 @@ def estimate_cost_model(
     attention_operations = passes * layers * (sizes.query_values + sizes.result_values) / tensor_size
 
     logit_bytes = predictions * 6 * vocabulary / tensor_size
-    recomputed_bytes = logit_bytes + _recomputed_layer_bytes(args, layers, matrices)
+    apart = kept_apart(args, degrees)
+    recomputed_bytes = logit_bytes + _recomputed_layer_bytes(args, layers, matrices, apart)
     if args.recompute_granularity == "full":
         activation_bytes, recomputed_bytes = recomputed_bytes, 0.0
     else:
-        activation_bytes = logit_bytes + _kept_bytes(args, layers, routed_layers, matrices)
+        activation_bytes = logit_bytes + _kept_bytes(args, layers, routed_layers, matrices, apart)
     state_bytes = held_weights * _state_bytes_per_weight(args, args.data_parallel_size)
     if args.num_experts:
         expert_bytes = _state_bytes_per_weight(args, experts.optimizer_ranks(args))
@@ -107,21 +108,26 @@ def estimate_cost_model(
     )
 
 
-def _kept_bytes(args: argparse.Namespace, layers: int, routed_layers: int, matrices: int) -> float:
-    """What layers keep of a token on one rank: Korthikanti et al. (arXiv 2205.05198), table 2, but attention scores."""
+def _kept_bytes(args: argparse.Namespace, layers: int, routed_layers: int, matrices: int, apart: float) -> float:
+    """What layers keep of a token on one rank: Korthikanti et al. (arXiv 2205.05198), table 2, but attention scores.
+
+    ``apart``: values that attention's kernel keeps besides (``kept_apart``).
+    """
     tensor_size, shared = args.tensor_model_parallel_size, _ranks_that_share(args)
     # In the table, 19 of the 34 are a dense layer's second half.
     kept = layers * 34 * args.hidden_size
     kept += routed_layers * (experts.kept_bytes_of_layer(args, matrices) - 19 * args.hidden_size)
     of_heads, of_latents = latent_activations(args)
-    return _bytes_per_value(args) * (kept / 2 / shared + layers * (of_heads / tensor_size + of_latents / shared))
+    return _bytes_per_value(args) * (
+        kept / 2 / shared + layers * ((of_heads + apart) / tensor_size + of_latents / shared)
+    )
 
 
-def _recomputed_layer_bytes(args: argparse.Namespace, layers: int, matrices: int) -> float:
+def _recomputed_layer_bytes(args: argparse.Namespace, layers: int, matrices: int, apart: float) -> float:
     """The same where layers are recomputed one by one: what goes into each, and all of one."""
     routed = min(1, experts.routed_layers_of_a_stage(args))
     inputs = layers * args.hidden_size * _bytes_per_value(args) / _ranks_that_share(args)
-    return inputs + _kept_bytes(args, 1, routed, matrices)
+    return inputs + _kept_bytes(args, 1, routed, matrices, apart)
 
 
 def _bytes_per_value(args: argparse.Namespace) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from megatron_flexsp.runtime import key_value_heads_needed, ring_size_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,40 @@ def latent_activations(args: argparse.Namespace) -> tuple[int, int]:
         kept += sizes.query_values + sizes.key_value_values - 3 * args.hidden_size
     # Before and after their norm; one head's rotated part serves all.
     return kept, 2 * (args.kv_lora_rank + (args.q_lora_rank or 0)) + args.qk_pos_emb_head_dim
+
+
+def kept_apart(args: argparse.Namespace, degrees: Iterable[int]) -> float:
+    """Values of a token that attention's kernel keeps and the layer around it doesn't, the most for any of the degrees.
+
+    They are shared among tensor-parallel ranks. Between two all-to-alls a kernel keeps tensors of its own: its result,
+    which at degree 1 the next projection keeps, too; every copy of a key/value head; queries, keys and values where the
+    layer lets go of its own (``mla_up_proj``). Where widths differ it works on widened copies at every degree. What
+    recomputed attention makes anew is not kept.
+    """
+    selective = args.recompute_granularity == "selective"
+    modules = (args.recompute_modules or ("core_attn",)) if selective else ()
+    if "core_attn" in modules:
+        return 0.0
+    sizes, tensor_size = head_sizes(args), args.tensor_model_parallel_size
+    heads, groups = sizes.query_heads // tensor_size, max(1, sizes.key_value_heads // tensor_size)
+    widens = sizes.key_width != sizes.value_width
+    lets_go = is_latent(args) and "mla_up_proj" in modules
+    widened = sizes.key_value_heads * (sizes.widest - sizes.value_width)
+    most = 0.0
+    for degree in degrees:
+        kept = float(widened)
+        if degree > 1 or widens:
+            kept += sizes.query_heads * sizes.widest
+        if degree > 1:
+            ranks = degree // ring_size_of(degree, heads)
+            copies = key_value_heads_needed(groups, ranks) / groups
+            kept += (copies - 1) * 2 * sizes.key_value_heads * sizes.widest
+        if lets_go and degree > 1:
+            kept += sizes.query_values + sizes.key_value_values
+        elif lets_go and widens:
+            kept += sizes.key_value_heads * sizes.value_width
+        most = max(most, kept)
+    return most
 
 
 def is_latent(args: argparse.Namespace) -> bool:

@@ -40,6 +40,8 @@ class MemoryConstants:
 class MeasuredMemory:
     """Steps of this rank: tokens of a slice, and the bytes of a step whose micro-batches have so many; of two sizes."""
 
+    degree: int
+    """Of all their micro-batches."""
     kept: Sizes
     """With as many micro-batches as a pipeline's fullest stage holds at once."""
     recomputed: Sizes = ()
@@ -58,6 +60,7 @@ class MeasuredMemory:
         )
         return [
             {
+                "degree": self.degree,
                 "tokens": tokens,
                 "state_bytes": found.state,
                 "activation_bytes": found.activations,
@@ -69,8 +72,10 @@ class MeasuredMemory:
         ]
 
 
-def memory_constants(measured: MeasuredMemory, in_flight: int, given_capacity: int, hosts: Hosts) -> MemoryConstants:
-    """Of the rank that is full first, on every rank. Collective.
+def memory_constants(
+    measured: Sequence[MeasuredMemory], in_flight: int, given_capacity: int, hosts: Hosts
+) -> MemoryConstants:
+    """Of the rank that is full first, on every rank, whatever degrees a plan uses. Collective.
 
     One pipeline stage has the vocabulary's matrices and logits, another one holds the most micro-batches: constants
     of different ranks must not be mixed.
@@ -78,12 +83,25 @@ def memory_constants(measured: MeasuredMemory, in_flight: int, given_capacity: i
     Parameters
     ----------
     measured
-        This rank's steps.
+        This rank's steps, of each degree that was measured.
     in_flight
         Micro-batches that a pipeline's fullest stage holds at once.
     given_capacity
         Tokens of a micro-batch that the run was given, where no device limits them.
     """
+    found = [_of_degree(each, in_flight, given_capacity, hosts) for each in measured]
+    # Where no device limits them all degrees hold as much, and the one that needs most is the fullest.
+    fullest = min(found, key=lambda each: (each.capacity(in_flight), -each.per_token))
+    if not fullest.recomputed_per_token:
+        return fullest
+    fewest = min((each.budget - each.state) / each.recomputed_per_token for each in found)
+    per_token = (fullest.budget - fullest.state) / max(fewest, 1.0)
+    # Recomputing never takes more: without a gain, noise may say so.
+    return replace(fullest, recomputed_per_token=min(per_token, fullest.per_token))
+
+
+def _of_degree(measured: MeasuredMemory, in_flight: int, given_capacity: int, hosts: Hosts) -> MemoryConstants:
+    """The same for one degree."""
     mine = _of_this_rank(measured.kept, in_flight, given_capacity)
     # Without a device's limit every rank fits exactly, and the one that needs most is the fullest.
     room = -mine.budget if on_cpu() else float(mine.capacity(in_flight))
@@ -104,8 +122,7 @@ def memory_constants(measured: MeasuredMemory, in_flight: int, given_capacity: i
     least = torch.tensor(tokens, dtype=torch.float64)
     hosts.all_reduce(least, dist.ReduceOp.MIN)
     per_token = (fullest.budget - fullest.state) / (max(float(least), 1.0) * in_flight)
-    # Recomputing never takes more: without a gain, noise may say so.
-    return replace(fullest, recomputed_per_token=min(per_token, fullest.per_token))
+    return replace(fullest, recomputed_per_token=per_token)
 
 
 def _recomputed_tokens(measured: MeasuredMemory, in_flight: int, budget: float, kept_tokens: int) -> float:

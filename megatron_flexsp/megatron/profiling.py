@@ -29,13 +29,14 @@ from megatron_flexsp.megatron.measured_steps import MeasuredBytes, RandomText, S
 from megatron_flexsp.megatron.planned_steps import PlannedSteps, repeated
 from megatron_flexsp.megatron.provenance import describe_job, describe_machine
 from megatron_flexsp.megatron.sequences import Sequences
-from megatron_flexsp.planner import CostModel
+from megatron_flexsp.planner import CostModel, slice_tokens
 from megatron_flexsp.profiler.fit import Sample, fit, quality
 from megatron_flexsp.profiler.interruption import EndsAtOnce
 from megatron_flexsp.profiler.outcome import fit_record, point_record, print_result, seconds_per_byte
 from megatron_flexsp.profiler.points import Point, choose_points, plan_of
 from megatron_flexsp.profiler.progress import Show, StagesShown
 from megatron_flexsp.profiler.record import check_writable, write_whole
+from megatron_flexsp.runtime import ring_size_of
 
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 9
 """Rounds over all points, whatever --flexsp-profile-seconds says."""
@@ -167,8 +168,11 @@ class _Measurement:
                 self._has_written = True
             print_result(self._path, cost_model, checks)
 
-    def _measure_memory(self, show: Show) -> MeasuredMemory:
-        """Steps with as many micro-batches as the pipeline holds at once, and with one where that tells more."""
+    def _measure_memory(self, show: Show) -> list[MeasuredMemory]:
+        """Steps with as many micro-batches as the pipeline holds at once, and with one where that tells more.
+
+        Of the narrowest degree, and of those that keep most of a token: the widest, and the widest blocks of a ring.
+        """
         settings = self._settings
         filling = -(-settings.micro_batches_in_flight // settings.count_multiple) * settings.count_multiple
         kinds = {"kept": (filling, False)}
@@ -176,22 +180,28 @@ class _Measurement:
             kinds["recomputed"] = (filling, True)
             if settings.micro_batches_in_flight > 1 and settings.count_multiple == 1:
                 kinds |= {"kept_alone": (1, False), "recomputed_alone": (1, True)}
-        found = {}
-        for done, (name, (rounds, recomputed)) in enumerate(kinds.items()):
-            found[name] = self._measure_sizes(rounds, recomputed)
-            show("memory", (done + 1) / len(kinds))
-        return MeasuredMemory(**found)
+        degrees = settings.degrees
+        widest_blocks = max(degrees, key=lambda degree: degree // ring_size_of(degree, settings.query_heads))
+        found = []
+        for degree in sorted({degrees[0], widest_blocks, degrees[-1]}):
+            sizes = {}
+            for name, (rounds, recomputed) in kinds.items():
+                sizes[name] = self._measure_sizes(degree, rounds, recomputed)
+                show("memory", (degree + len(sizes) / len(kinds)) / (degrees[-1] + 1))
+            found.append(MeasuredMemory(degree, **sizes))
+        return found
 
-    def _measure_sizes(self, rounds: int, recomputed: bool) -> list[tuple[int, MeasuredBytes]]:
+    def _measure_sizes(self, degree: int, rounds: int, recomputed: bool) -> list[tuple[int, MeasuredBytes]]:
         """Bytes of steps of so many micro-batches, of two sizes."""
         measured = []
         for share in (0.25, 0.5, 0.5):  # the first is a warm-up too: what libraries allocate once is not a token's
-            tokens = self._rounded(self._useful_tokens() * share)
+            tokens = self._rounded(self._useful_tokens() * share) * degree
             pack = (min(tokens, self._longest),) * max(1, tokens // self._longest)
-            point = Point(1, pack, rounds, recomputed)
+            point = Point(degree, pack, rounds, recomputed)
             batch = self._batch(point)
             self._runner.bytes(batch)
-            measured.append((point.tokens, self._runner.bytes(batch)))
+            slice_of_pack = slice_tokens(point.tokens, degree, self._settings.slice_multiple)
+            measured.append((slice_of_pack, self._runner.bytes(batch)))
         return [measured[0], measured[2]]
 
     def _rounded(self, tokens: float) -> int:
@@ -300,7 +310,7 @@ class _Measurement:
     def _fit(
         self,
         memory: MemoryConstants,
-        measured: MeasuredMemory,
+        measured: list[MeasuredMemory],
         exchanges: list[dict[str, Any]],
         points: list[Point],
         seconds: list[list[float]],
@@ -352,6 +362,6 @@ class _Measurement:
                     point_record(point, repeats, constants) for point, repeats in zip(points, samples, strict=True)
                 ],
                 "exchanges": exchanges,
-                "memory": measured.records(),
+                "memory": [record for of_degree in measured for record in of_degree.records()],
             },
         )

@@ -9,7 +9,7 @@ from megatron_flexsp.runtime.groups import GroupPool, SequenceGroup
 from megatron_flexsp.runtime.hosts import Hosts
 from megatron_flexsp.runtime.packing import PackLayout, Piece, ring_size_of
 from megatron_flexsp.runtime.ring import RingSchedule, ring_attention
-from megatron_flexsp.runtime.ulysses import at_one_width, ulysses_attention
+from megatron_flexsp.runtime.ulysses import at_one_width, key_value_heads_needed, ulysses_attention
 
 __all__ = [
     "GroupPool",
@@ -19,6 +19,7 @@ __all__ = [
     "RingSchedule",
     "SequenceGroup",
     "at_one_width",
+    "key_value_heads_needed",
     "ring_attention",
     "ring_size_of",
     "ulysses_attention",

@@ -44,6 +44,11 @@ def test_a_job_measures_itself(torchrun: Callable, tmp_path: Path) -> None:
     assert record["job"]["num_layers"] == 4
     assert {"date", "device", "network", "versions", "fit", "exchanges", "memory"} <= record.keys()
 
+    kept = {degree: _bytes_per_token(record["memory"], degree) for degree in (1, 2)}
+    # What fits must fit whatever the degree. (Here degree 1 keeps more: values as a view of a whole projection.)
+    assert kept[1] != kept[2]
+    assert cost_model.activation_bytes_per_token == pytest.approx(max(kept.values()))
+
     made = plan([40, 30, 20, 10, 5, 5], cost_model, 2)
     made.validate([40, 30, 20, 10, 5, 5], 24)
 
@@ -53,6 +58,13 @@ def test_a_job_measures_itself(torchrun: Callable, tmp_path: Path) -> None:
     capacity = cost_model.recomputed_token_capacity
     assert f"24 tokens a rank and micro-batch, {capacity:,} where activations are recomputed" in trained.stdout
     assert "iteration        2/       2" in trained.stdout
+
+
+def _bytes_per_token(records: list[dict], degree: int) -> float:
+    small, large = (
+        record for record in records if record["degree"] == degree and not (record["recomputed"] or record["alone"])
+    )
+    return (large["activation_bytes"] - small["activation_bytes"]) / (large["tokens"] - small["tokens"])
 
 
 SHARDED = (

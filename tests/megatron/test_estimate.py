@@ -86,19 +86,22 @@ def test_latent_attention_has_a_key_and_a_value_for_every_query_head() -> None:
 def test_recomputed_projections_keep_the_latents_alone() -> None:
     options = {"gpu": (9, 80 << 30), "ranks_per_node": 8, "micro_batches_in_flight": 1}
     kept = [
-        estimate_cost_model(arguments(**LATENT | {"recompute_modules": modules}), (1,), **options)
-        for modules in (None, ["core_attn", "mla_up_proj"])
+        estimate_cost_model(arguments(**LATENT | changes), (1,), **options)
+        for changes in ({}, {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mla_up_proj"]})
     ]
     fewer = kept[0].activation_bytes_per_token - kept[1].activation_bytes_per_token
-    assert fewer == LAYERS * HEADS * (192 + 192 + 128) * 2
+    # And the kernel's wider copies of values and its wider result.
+    assert fewer == LAYERS * HEADS * (192 + 192 + 128 + 64 + 192) * 2
 
 
 def test_a_recomputed_micro_batch_keeps_what_goes_into_its_layers_and_one_layer() -> None:
     options = {"gpu": (9, 80 << 30), "ranks_per_node": 8, "micro_batches_in_flight": 1}
     model = estimate_cost_model(arguments(), (1, 8), **options)
     width, logits = 1024, 6 * 1000
-    assert model.activation_bytes_per_token == LAYERS * 34 * width + logits
-    assert model.recomputed_activation_bytes_per_token == LAYERS * 2 * width + 34 * width + logits
+    # Among 8 ranks, the kernel keeps its result and four copies of 2 key and 2 value heads.
+    layer = 34 * width + 2 * (width + 3 * 4 * HEAD_WIDTH)
+    assert model.activation_bytes_per_token == LAYERS * layer + logits
+    assert model.recomputed_activation_bytes_per_token == LAYERS * 2 * width + layer + logits
     # A run that recomputes everything is one of such micro-batches: its third forward costs as much.
     always = estimate_cost_model(arguments(recompute_granularity="full"), (1, 8), **options)
     assert always.activation_bytes_per_token == model.recomputed_activation_bytes_per_token

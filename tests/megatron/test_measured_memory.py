@@ -32,20 +32,20 @@ def sizes(bytes_per_token: float) -> list[tuple[int, MeasuredBytes]]:
 
 def capacity(measured: MeasuredMemory, in_flight: int) -> int:
     """Tokens of a recomputed micro-batch, as a job finds them."""
-    found = memory_constants(measured, in_flight, CAPACITY, HOSTS)
+    found = memory_constants([measured], in_flight, CAPACITY, HOSTS)
     assert found.capacity(in_flight) == CAPACITY
     return int((found.budget - found.state) / found.recomputed_per_token) // in_flight
 
 
 def test_without_a_pipeline_it_is_what_fits() -> None:
-    measured = MeasuredMemory(kept=sizes(KEPT), recomputed=sizes(INPUTS + LAYER))
+    measured = MeasuredMemory(1, kept=sizes(KEPT), recomputed=sizes(INPUTS + LAYER))
     assert capacity(measured, 1) == pytest.approx(CAPACITY * KEPT / (INPUTS + LAYER), abs=5)
 
 
 @pytest.mark.parametrize("measures_one", [True, False])
 def test_a_pipelines_other_micro_batches_may_be_kept(measures_one: bool) -> None:
     alone = {"kept_alone": sizes(KEPT), "recomputed_alone": sizes(INPUTS + LAYER)} if measures_one else {}
-    measured = MeasuredMemory(sizes(STAGES * KEPT), sizes(STAGES * INPUTS + LAYER), **alone)
+    measured = MeasuredMemory(1, sizes(STAGES * KEPT), sizes(STAGES * INPUTS + LAYER), **alone)
     tokens = capacity(measured, STAGES)
     budget = KEPT * (STAGES * CAPACITY + 0.5)
     assert tokens * (INPUTS + LAYER) + (STAGES - 1) * KEPT * CAPACITY <= budget
@@ -55,8 +55,22 @@ def test_a_pipelines_other_micro_batches_may_be_kept(measures_one: bool) -> None
 
 
 def test_recomputing_never_holds_less() -> None:
-    noisy = MeasuredMemory(sizes(STAGES * KEPT), sizes(STAGES * KEPT * 1.01), sizes(KEPT), sizes(KEPT * 1.02))
+    noisy = MeasuredMemory(1, sizes(STAGES * KEPT), sizes(STAGES * KEPT * 1.01), sizes(KEPT), sizes(KEPT * 1.02))
     assert capacity(noisy, STAGES) == CAPACITY
+
+
+def test_the_degree_that_keeps_most_of_a_token_says_what_fits() -> None:
+    of_degrees = [
+        MeasuredMemory(1, sizes(KEPT), sizes(INPUTS + LAYER)),
+        MeasuredMemory(8, sizes(1.1 * KEPT), sizes(INPUTS + 1.5 * LAYER)),
+    ]
+    found = memory_constants(of_degrees, 1, CAPACITY, HOSTS)
+    assert found.per_token == pytest.approx(1.1 * KEPT)
+    for measured in of_degrees:
+        alone = memory_constants([measured], 1, CAPACITY, HOSTS)
+        assert (found.budget - found.state) / found.recomputed_per_token <= (
+            alone.budget - alone.state
+        ) / alone.recomputed_per_token * (1 + 1e-9)
 
 
 def test_a_profile_that_finds_no_gain_is_still_one() -> None:
