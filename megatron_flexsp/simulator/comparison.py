@@ -111,7 +111,7 @@ class Outcome:
 def compare(
     batches: Sequence[NDArray[np.int64]], strategies: Sequence[str], cluster: Cluster
 ) -> Iterator[tuple[str, int, Plan, Timeline]]:
-    """Plan and run every batch under every strategy; ``outcomes`` adds up what comes.
+    """Plan and run every batch under every strategy; ``Outcome.add`` sums up what comes.
 
     Yields
     ------
