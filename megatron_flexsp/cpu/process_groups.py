@@ -1,5 +1,7 @@
 """Process groups: gloo wherever a program asks for NCCL, so that the command line of a GPU run can stay as it is."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,11 @@ _new_group = distributed_c10d.new_group
 _barrier = distributed_c10d.barrier
 _all_reduce = distributed_c10d.all_reduce
 _all_to_all_single = distributed_c10d.all_to_all_single
+_all_gather = distributed_c10d.all_gather
+_coalescing_manager = distributed_c10d._coalescing_manager
+
+_gathering: list[list[Any]] = []
+"""For each coalescing manager that is entered, the gatherings that have begun in it."""
 
 
 @replaces(torch.distributed)
@@ -62,6 +69,36 @@ def all_to_all_single(
         for sizes in (output_split_sizes, input_split_sizes)
     )
     return _all_to_all_single(output, input, output_split_sizes, input_split_sizes, group, async_op)
+
+
+@replaces(torch.distributed, name="_coalescing_manager")
+@contextlib.contextmanager
+def coalescing_manager(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+    """PyTorch's, and what `all_gather_into_tensor` begins in it."""
+    with _coalescing_manager(group, device, async_ops) as manager:
+        _gathering.append([])
+        try:
+            yield manager
+        finally:
+            begun = _gathering.pop()
+    for work in begun:
+        if async_ops:
+            manager.append(work)
+        else:
+            work.wait()
+
+
+@replaces(torch.distributed)
+def all_gather_into_tensor(
+    output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    """Tensors go one by one: gathering several at once, gloo spoils memory now and then (pytorch/pytorch#65231)."""
+    ranks = torch.distributed.get_world_size(group)
+    parts = list(output_tensor.view(ranks, *input_tensor.shape).unbind())
+    work = _all_gather(parts, input_tensor, group, async_op or bool(_gathering))
+    if _gathering:
+        _gathering[-1].append(work)
+    return work
 
 
 def _on_cpu(backend: str | None) -> str | None:
