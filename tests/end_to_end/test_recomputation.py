@@ -34,7 +34,8 @@ def test_the_planners_own_choice_in_an_interleaved_pipeline(
 ) -> None:
     """Transformer Engine's layers. Forward passes of other micro-batches come between a forward and its backward."""
     model = (*GQA, *INTERLEAVED, *TRANSFORMER_ENGINE)
-    costs = CostModel(  # without overheads, which recomputing everything would save
+    # Without overheads, and recomputing is dear: nothing is saved by recomputing everything.
+    costs = CostModel(
         memory_budget_bytes=1e9,
         model_state_bytes=0,
         activation_bytes_per_token=1e7,
@@ -43,6 +44,7 @@ def test_the_planners_own_choice_in_an_interleaved_pipeline(
         micro_batch_overhead_seconds=0,
         exchange_bytes_per_token=1e5,
         exchange_bandwidth_bytes_per_second={2: 1e9},
+        recompute_share=1,
     )
     (tmp_path / "costs.json").write_text(costs.to_json())
     capacities = ("--flexsp-max-tokens-per-rank", "20", "--flexsp-max-recomputed-tokens-per-rank", "50")
@@ -50,8 +52,7 @@ def test_the_planners_own_choice_in_an_interleaved_pipeline(
     run = train(4, *model, *planned, gradients=True)
     counts = re.findall(r"micro-batches of each degree: (.+?) \| recomputed: (.+?) \|", run.output)
     assert len(counts) == 5
-    # A step may recompute everything where few long micro-batches fill a pipeline better; most don't.
-    assert sum(of_all != recomputed for of_all, recomputed in counts) >= 3, counts
+    assert all(of_all != recomputed for of_all, recomputed in counts), counts
     assert_equal(run, reference(2, *model))
 
 
