@@ -92,7 +92,10 @@ def coalescing_manager(group: Any = None, device: Any = None, async_ops: bool = 
 def all_gather_into_tensor(
     output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
-    """Tensors go one by one: gathering several at once, gloo spoils memory now and then (pytorch/pytorch#65231)."""
+    """Tensors go one by one. While gloo gathered several at once, jobs died of spoilt memory now and then.
+
+    That call has crashed PyTorch's own tests (pytorch/pytorch#65231); that it was the cause here is not proven.
+    """
     ranks = torch.distributed.get_world_size(group)
     parts = list(output_tensor.view(ranks, *input_tensor.shape).unbind())
     work = _all_gather(parts, input_tensor, group, async_op or bool(_gathering))
