@@ -14,6 +14,7 @@ from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.planner.blocks import is_legal_degree, legal_degrees
 from megatron_flexsp.planner.capacity import usable_capacity
 from megatron_flexsp.planner.cost_model import CostModel
+from megatron_flexsp.planner.laws import slice_tokens
 
 GAP_WORTH_ANOTHER_SEARCH = 0.05
 """A plan that lies further above its bound, as a share of the bound, is worth searching again by other means."""
@@ -189,7 +190,7 @@ def make_problem(
             "raise `token_capacity`",
         )
     # No slice holds more than the whole batch, padded: greater capacities change nothing, and might overflow.
-    most_tokens = -(-int(tokens.sum()) // slice_multiple) * slice_multiple
+    most_tokens = slice_tokens(int(tokens.sum()), 1, slice_multiple)
     tokens_per_rank = min(usable_capacity(capacity, slice_multiple), most_tokens)
     recomputed_tokens_per_rank = None
     if recomputed_token_capacity is not None:

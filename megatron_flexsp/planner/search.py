@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megatron_flexsp.planner.bounds import simple_bound_seconds
 from megatron_flexsp.planner.packing import ANY_TIME_LEFT, Packing, Rules, pack
-from megatron_flexsp.planner.pipeline_rules import pipeline_rules
+from megatron_flexsp.planner.pipeline_rules import PipelineRules, pipeline_rules
 from megatron_flexsp.planner.problem import GAP_WORTH_ANOTHER_SEARCH, Problem, degrees_that_pay
 
 _FIXED_RULES = (
@@ -79,7 +79,8 @@ def search(problem: Problem, bound_seconds: float, deadline: float, seed: int = 
     The best packing, and whether the deadline cut the search short.
     """
     state = _Search(problem, bound_seconds, deadline)
-    for number, (promised_seconds, rules) in enumerate(_fixed_rules(problem, bound_seconds)):
+    limits = pipeline_rules(problem) if problem.pipeline_stages > 1 else []
+    for number, (promised_seconds, rules) in enumerate(_fixed_rules(problem, bound_seconds, limits)):
         if state.is_over:
             break
         target = promised_seconds + (1 - _LEAST_GAIN) * (state.best.seconds - promised_seconds)
@@ -88,17 +89,17 @@ def search(problem: Problem, bound_seconds: float, deadline: float, seed: int = 
             _bisect(state, rules, promised_seconds if state.improves(hoped_for, rules) else hoped_for)
         elif promised_seconds < target and state.improves(target, rules):
             _bisect(state, rules, promised_seconds)
-    _try_random_rules(state, seed)
+    _try_random_rules(state, seed, limits[:_RANDOM_PIPELINE_RULES])
     return state.best, state.is_cut_short
 
 
-def _fixed_rules(problem: Problem, bound_seconds: float) -> list[tuple[float, Rules]]:
-    """What to try first, each with the step that passes with it hardly better."""
+def _fixed_rules(problem: Problem, bound_seconds: float, limits: list[PipelineRules]) -> list[tuple[float, Rules]]:
+    """What to try first, each with a step that passes hardly better; ``limits`` are those of a pipeline."""
     fixed = [(bound_seconds, rules) for rules in _FIXED_RULES]
-    if problem.pipeline_stages > 1:
+    if limits:
         fixed = [
             (max(bound_seconds, found.promised_seconds), rules)
-            for found in pipeline_rules(problem)
+            for found in limits
             for rules in found.for_passes(problem)
         ]
     if problem.recomputed_tokens_per_rank is None:
@@ -196,12 +197,11 @@ def _bisect(state: _Search, rules: Rules, missed_seconds: float) -> None:
             missed_seconds = target_seconds
 
 
-def _try_random_rules(state: _Search, seed: int) -> None:
+def _try_random_rules(state: _Search, seed: int, promising: list[PipelineRules]) -> None:
     """Vary the rules at random, and keep a few of the longer sequences from their narrowest degrees."""
     generator = random.Random(seed)
     problem = state.problem
     longer = [index for index, tokens in enumerate(problem.tokens) if tokens > problem.tokens_per_rank / 4]
-    promising = pipeline_rules(problem)[:_RANDOM_PIPELINE_RULES] if problem.pipeline_stages > 1 else []
     while not state.is_over:
         num_widened = min(generator.choice((0, 0, 1, 2, 4, 8)), len(longer))
         widened = generator.sample(longer, num_widened)
