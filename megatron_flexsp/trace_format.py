@@ -64,11 +64,14 @@ class TraceWriter:
                 elif first.strip() != json.dumps(header):
                     raise FlexSPError(
                         f"--flexsp-trace {folder}: {name} is of another run ({first.strip()[:120]}); this one has "
-                        f"{json.dumps(header)}. Give another folder"
+                        f"{json.dumps(header)}",
+                        "give another folder",
                     )
             self._file = path.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
-            raise FlexSPError(f"--flexsp-trace {folder}: cannot write {name} ({error.strerror})") from None
+            raise FlexSPError(
+                f"--flexsp-trace {folder}: cannot write {name} ({error.strerror})", "give another folder"
+            ) from None
 
     def write_plan(self, planned_line: str) -> None:
         """One step's plan, as ``planned_line`` made it with ``step=`` its number."""

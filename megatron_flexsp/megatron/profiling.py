@@ -182,14 +182,12 @@ class _Measurement:
                 kinds |= {"kept_alone": (1, False), "recomputed_alone": (1, True)}
         degrees = settings.degrees
         widest_blocks = max(degrees, key=lambda degree: degree // ring_size_of(degree, settings.query_heads))
-        found = []
-        for degree in sorted({degrees[0], widest_blocks, degrees[-1]}):
-            sizes = {}
-            for name, (rounds, recomputed) in kinds.items():
-                sizes[name] = self._measure_sizes(degree, rounds, recomputed)
-                show("memory", (degree + len(sizes) / len(kinds)) / (degrees[-1] + 1))
-            found.append(MeasuredMemory(degree, **sizes))
-        return found
+        found: dict[int, dict[str, Any]] = {degree: {} for degree in sorted({degrees[0], widest_blocks, degrees[-1]})}
+        runs = [(degree, name) for degree in found for name in kinds]
+        for done, (degree, name) in enumerate(runs):
+            found[degree][name] = self._measure_sizes(degree, *kinds[name])
+            show("memory", (done + 1) / len(runs))
+        return [MeasuredMemory(degree, **sizes) for degree, sizes in found.items()]
 
     def _measure_sizes(self, degree: int, rounds: int, recomputed: bool) -> list[tuple[int, MeasuredBytes]]:
         """Bytes of steps of so many micro-batches, of two sizes."""

@@ -20,6 +20,9 @@ from typing import Any
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import releases
 
+_GIT_SECONDS = 10.0
+"""What git may take: a network file system can hang, and a version without its commit will do."""
+
 
 @dataclass(frozen=True)
 class Seam:
@@ -95,17 +98,19 @@ def _version_in(folder: Path) -> str:
     found = str(runpy.run_path(str(folder / "package_info.py"))["__version__"])
     # The file appends the commit of whatever checkout its folder lies in. Where that only holds a virtual environment,
     # the commit says nothing about Megatron, and changes while Megatron stays.
-    if _git(folder, "ls-files", "package_info.py"):
+    if "+" not in found or _git(folder, "ls-files", "package_info.py"):
         return found
     return found.removesuffix(f"+{_git(folder, 'rev-parse', '--short', 'HEAD')}")
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git says there; nothing where it fails or isn't installed."""
+    """What git says there; nothing where it fails, takes too long or isn't installed."""
+    command = ["git", *arguments]
     try:
-        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True).stdout.strip()
-    except OSError:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
         return ""
+    return done.stdout.strip()
 
 
 def check_version() -> None:
@@ -137,6 +142,7 @@ def moved(error: ImportError) -> FlexSPError:
 
 
 _installed: list[Seam] = []
+"""In this process, in their order."""
 
 
 def install(seams: Sequence[Seam]) -> None:
