@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from megatron_flexsp.doctor.findings import Finding, error, ok, refused, warning
 from megatron_flexsp.doctor.tokenizer import examine_tokenizer
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.conversations import tokenization_of
 from megatron_flexsp.megatron.mock_documents import mock_lengths
+from megatron_flexsp.megatron.settings import Settings
 from megatron_flexsp.megatron.stored_documents import check_files
 from megatron_flexsp.planner.batches import with_longest
 from megatron_flexsp.simulator.document_lengths import count_documents, read_document_lengths

@@ -15,7 +15,6 @@ from megatron_flexsp.doctor.data import Corpus
 from megatron_flexsp.doctor.findings import Finding, ok, refused, warning
 from megatron_flexsp.doctor.inside import Request
 from megatron_flexsp.errors import FlexSPError, named_by_flags
-from megatron_flexsp.megatron.arguments import PLANNER_FLAGS, Settings
 from megatron_flexsp.megatron.context import (
     degree_for_longest,
     plan_request,
@@ -24,6 +23,7 @@ from megatron_flexsp.megatron.context import (
 )
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.provenance import check_same_job, installed_versions
+from megatron_flexsp.megatron.settings import PLANNER_FLAGS, Settings
 from megatron_flexsp.planner import CostModel, narrowest_degree, usable_capacity
 from megatron_flexsp.planner.service import PlanRequest
 from megatron_flexsp.profiler.record import check_writable

@@ -26,7 +26,9 @@ from megatron_flexsp.doctor.kernels import examine_kernels
 from megatron_flexsp.doctor.patch_points import examine_patch_points
 from megatron_flexsp.doctor.tokenizer import vocabulary_size
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron import arguments, recomputation, rounds
+from megatron_flexsp.megatron import flag_checks, recomputation, rounds
+from megatron_flexsp.megatron.arguments import add_flexsp_arguments
+from megatron_flexsp.megatron.settings import Settings, settings_from_args
 from megatron_flexsp.planner import legal_degrees
 from megatron_flexsp.runtime import ring_size_of
 
@@ -106,7 +108,7 @@ def _parsed(request: Request) -> Generator[Finding, None, argparse.Namespace | N
     flags: list[str] = []
 
     def provider(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        parser = arguments.add_flexsp_arguments(parser)
+        parser = add_flexsp_arguments(parser)
         flags.extend(parser._option_string_actions)
         return parser
 
@@ -153,7 +155,7 @@ def _examine_flags(args: argparse.Namespace, request: Request) -> Iterator[Findi
     """What doesn't go with FlexSP."""
     problems = [refusal.problem for refusal in refusals(args)]
     if args.transformer_impl == "transformer_engine" and not request.cpu:
-        problems += arguments.transformer_engine_problems(args)
+        problems += flag_checks.transformer_engine_problems(args)
     for problem in problems:
         yield refused("flags", problem, "take it out, or train without --flexsp")
     if not problems:
@@ -170,10 +172,10 @@ def _mend(args: argparse.Namespace) -> None:
     args.calculate_per_token_loss = True
 
 
-def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, None, arguments.Settings | None]:
+def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, None, Settings | None]:
     """FlexSP's settings after Megatron's own validation; None where either refuses."""
     try:
-        arguments.check_flags(args)
+        flag_checks.check_flags(args)
         recomputation.check_release(args)
     except FlexSPError as problem:
         yield refused("shape", problem, "correct it: FlexSP refuses to start")
@@ -190,7 +192,7 @@ def _settled(args: argparse.Namespace, request: Request) -> Generator[Finding, N
         os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     try:
         megatron_arguments.validate_args(args, dict(_SCRIPT_DEFAULTS))
-        settings = arguments.settings_from_args(args)
+        settings = settings_from_args(args)
     except FlexSPError as problem:
         yield refused("shape", problem, "correct it: FlexSP refuses to start")
         return None
@@ -215,7 +217,7 @@ def _text(problem: Exception) -> str:
     return f"{type(problem).__name__} at {line!r}"
 
 
-def _examine_shape(args: argparse.Namespace, settings: arguments.Settings) -> Generator[Finding, None, None]:
+def _examine_shape(args: argparse.Namespace, settings: Settings) -> Generator[Finding, None, None]:
     """The domain, the schedule and the degrees."""
     tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     yield ok(

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_flexsp.errors import FlexSPError, named_by_flags
-from megatron_flexsp.megatron.arguments import PLANNER_FLAGS
 from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.further_tokens import FurtherTokens, FurtherTokensBuilder
 from megatron_flexsp.megatron.plan_channel import PlanChannel
 from megatron_flexsp.megatron.sequences import Sequences, SequenceSource, TokenSource
+from megatron_flexsp.megatron.settings import PLANNER_FLAGS
 from megatron_flexsp.planner import MicroBatch, Plan
 from megatron_flexsp.planner.service import PendingPlan, PlanningService
 from megatron_flexsp.runtime import PackLayout, RingSchedule, ring_size_of

@@ -15,11 +15,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_flexsp.errors import FlexSPError, named_by_flags
-from megatron_flexsp.megatron.arguments import PLANNER_FLAGS, Settings
 from megatron_flexsp.megatron.estimate import estimate_cost_model
 from megatron_flexsp.megatron.experts import adds_up_over_groups
 from megatron_flexsp.megatron.head_sizes import head_sizes
 from megatron_flexsp.megatron.plan_channel import PlanChannel
+from megatron_flexsp.megatron.settings import PLANNER_FLAGS, Settings
 from megatron_flexsp.planner import CostModel, first_ranks, narrowest_degree, usable_capacity
 from megatron_flexsp.planner.service import PlanningService, PlanRequest
 from megatron_flexsp.runtime import GroupPool, Hosts, ring_size_of

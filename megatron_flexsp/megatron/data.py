@@ -14,12 +14,12 @@ from megatron.training.utils import get_blend_and_blend_per_split
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import releases
-from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.conversations import tokenization_of, tokenize_all
 from megatron_flexsp.megatron.documents import DocumentDataset, DocumentDatasetConfig, SampleSource
 from megatron_flexsp.megatron.mock_documents import MockDocuments, mock_lengths
 from megatron_flexsp.megatron.packed_source import script_sources
 from megatron_flexsp.megatron.sequences import DataSet, SequenceSource
+from megatron_flexsp.megatron.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from megatron.training import get_args
 from numpy.typing import NDArray
 
 from megatron_flexsp.errors import FlexSPError, named_by_flags
-from megatron_flexsp.megatron.arguments import PLANNER_FLAGS
 from megatron_flexsp.megatron.batches import PlannedBatch, SliceReader
 from megatron_flexsp.megatron.context import Context
 from megatron_flexsp.megatron.measured_steps import StepRunner
 from megatron_flexsp.megatron.sequences import Sequences, SequenceSource
+from megatron_flexsp.megatron.settings import PLANNER_FLAGS
 from megatron_flexsp.planner import CostModel, Plan, step_seconds, usable_capacity
 
 

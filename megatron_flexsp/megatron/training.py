@@ -23,7 +23,6 @@ from torch import Tensor
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import releases
-from megatron_flexsp.megatron.arguments import Settings
 from megatron_flexsp.megatron.autotune import Autotune
 from megatron_flexsp.megatron.background import Background
 from megatron_flexsp.megatron.batches import (
@@ -43,6 +42,7 @@ from megatron_flexsp.megatron.packed_attention import FlexSPPackedSeqParams
 from megatron_flexsp.megatron.recomputation import asked_configurations, each_layer_recomputed
 from megatron_flexsp.megatron.routers import RoutedPack, check_routers, routed
 from megatron_flexsp.megatron.sequences import SequenceSource, TokenSource
+from megatron_flexsp.megatron.settings import Settings
 from megatron_flexsp.megatron.step_log import log_step
 from megatron_flexsp.megatron.tracing import Tracer
 from megatron_flexsp.megatron.validation import WholeSet, all_batches

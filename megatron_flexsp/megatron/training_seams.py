@@ -17,8 +17,8 @@ from megatron.core.extensions.transformer_engine import HAVE_TE
 
 from megatron_flexsp.megatron import (
     argument_changes,
-    arguments,
     experts,
+    flag_checks,
     latent_attention,
     multi_token_prediction,
     packed_attention,
@@ -32,6 +32,7 @@ from megatron_flexsp.megatron import (
 )
 from megatron_flexsp.megatron.provenance import check_same_job
 from megatron_flexsp.megatron.seams import Seam
+from megatron_flexsp.megatron.settings import settings_from_args
 from megatron_flexsp.megatron.training import FlexSPTraining
 
 EVERYTHING = argparse.Namespace(flexsp_profile="", multi_latent_attention=True, mtp_num_layers=1, num_experts=1)
@@ -105,14 +106,14 @@ def _measuring_seam(run: FlexSPTraining) -> Seam:
 def _check_arguments(run: FlexSPTraining, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: Any, defaults: Any = None) -> Any:
-        arguments.check_compatibility(args)
+        flag_checks.check_compatibility(args)
         changes = argument_changes.ArgumentChanges()
         with changes.seen(args):
             _prepare_validation(args)
         validated = original(args, defaults or {})
         with changes.seen(args):
             _follow_validation(args)
-        settings = arguments.settings_from_args(args)
+        settings = settings_from_args(args)
         recomputation.check_release(args)
         if settings.cost_model is not None:
             check_same_job(args, settings.cost_model, settings.domain_size)
@@ -131,7 +132,7 @@ def _prepare_validation(args: Any) -> None:
     """Have Megatron validate what FlexSP will train."""
     if args.micro_batch_size is None:
         args.micro_batch_size = 1
-    arguments.check_flags(args)
+    flag_checks.check_flags(args)
     if args.flexsp_profile is not None:
         profiling.prepare_arguments(args)
     precision.keep_scaling_in_tensor_parallel_group(args)

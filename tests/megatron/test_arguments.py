@@ -10,7 +10,8 @@ import pytest
 from packaging.version import Version
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.arguments import Settings, check_compatibility, check_flags, settings_from_args
+from megatron_flexsp.megatron.flag_checks import check_compatibility, check_flags
+from megatron_flexsp.megatron.settings import Settings, settings_from_args
 
 Parse = Callable[..., Namespace]
 

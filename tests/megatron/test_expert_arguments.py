@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.arguments import check_compatibility, settings_from_args
 from megatron_flexsp.megatron.experts import let_ranks_differ_in_tokens
+from megatron_flexsp.megatron.flag_checks import check_compatibility
+from megatron_flexsp.megatron.settings import settings_from_args
 
 Parse = Callable[..., Namespace]
 

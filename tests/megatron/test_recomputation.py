@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from megatron_flexsp.errors import FlexSPError
-from megatron_flexsp.megatron.arguments import check_compatibility, check_flags, settings_from_args
 from megatron_flexsp.megatron.context import degree_for_longest, recomputed_token_capacity
+from megatron_flexsp.megatron.flag_checks import check_compatibility, check_flags
 from megatron_flexsp.megatron.recomputation import check_release, each_layer_recomputed
+from megatron_flexsp.megatron.settings import settings_from_args
 from megatron_flexsp.planner import CostModel
 from tests.megatron.test_arguments import cost_model_file
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_flexsp.errors import FlexSPError
 from megatron_flexsp.megatron import releases
-from megatron_flexsp.megatron.arguments import check_compatibility
+from megatron_flexsp.megatron.flag_checks import check_compatibility
 
 
 def test_every_name_that_megatron_calls_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
